@@ -1,0 +1,67 @@
+"""WallVLA: vision-language-action models as Hugging Face models.
+
+Names are imported on first use (PEP 562), so `import wallvla` costs nothing and never imports torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+_DEFINED_IN = {
+    "Embodiment": "action_space_wallvla",
+    "WallVLAActionExpertConfig": "configuration_wallvla",
+    "WallVLAConfig": "configuration_wallvla",
+    "WallVLAForConditionalGeneration": "modeling_wallvla",
+    "WallVLAOutput": "modeling_wallvla",
+    "WallVLAProcessor": "processing_wallvla",
+}
+
+__all__ = [
+    "Embodiment",
+    "WallVLAActionExpertConfig",
+    "WallVLAConfig",
+    "WallVLAForConditionalGeneration",
+    "WallVLAOutput",
+    "WallVLAProcessor",
+    "__version__",
+    "register_auto_classes",
+]
+
+if TYPE_CHECKING:
+    from .action_space_wallvla import Embodiment
+    from .configuration_wallvla import WallVLAActionExpertConfig, WallVLAConfig
+    from .modeling_wallvla import WallVLAForConditionalGeneration, WallVLAOutput
+    from .processing_wallvla import WallVLAProcessor
+
+
+def __getattr__(name: str):
+    if name not in _DEFINED_IN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = vars(importlib.import_module(f".{_DEFINED_IN[name]}", __name__))[name]
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_DEFINED_IN})
+
+
+def register_auto_classes() -> None:
+    """Let `AutoConfig`, `AutoModel` and `AutoProcessor` use the installed classes for `model_type` "wallvla".
+
+    From then on a checkpoint loads without `trust_remote_code`, and the code files beside its weights are ignored.
+    Only this function registers anything: a registration in the flat files would make every later checkpoint of the
+    process run the code of the first one.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+    from .configuration_wallvla import WallVLAConfig
+    from .modeling_wallvla import WallVLAForConditionalGeneration
+    from .processing_wallvla import WallVLAProcessor
+
+    AutoConfig.register(WallVLAConfig.model_type, WallVLAConfig, exist_ok=True)
+    AutoModel.register(WallVLAConfig, WallVLAForConditionalGeneration, exist_ok=True)
+    AutoModelForImageTextToText.register(WallVLAConfig, WallVLAForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(WallVLAConfig, WallVLAProcessor, exist_ok=True)

@@ -1,0 +1,127 @@
+"""Flow matching in one orientation: tau = 0 is noise, tau = 1 is the clean action (Wall-OSS-0.5, section 2.2.2).
+
+Shapes: B samples, H steps, D channels; `time` is (B,) and broadcasts over a chunk.
+"""
+
+import torch
+from torch import Tensor
+
+
+def expand_time(time: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1), so that it broadcasts over `like` (B, H, D)."""
+    return time.view(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+
+
+def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    """The linear Gaussian path `tau * a + (1 - tau) * eps` (equation 2). (B, H, D), (B, H, D), (B,) -> (B, H, D)."""
+    tau = expand_time(time, actions)
+    return tau * actions + (1 - tau) * noise
+
+
+def velocity_of(actions: Tensor, noise: Tensor) -> Tensor:
+    """The velocity of the path, `a - eps`: its derivative with respect to tau."""
+    return actions - noise
+
+
+def action_from_velocity(noisy_actions: Tensor, velocity: Tensor, time: Tensor) -> Tensor:
+    """The recovered action `x + (1 - tau) * v` (equation 4)."""
+    return noisy_actions + (1 - expand_time(time, noisy_actions)) * velocity
+
+
+def velocity_from_action(noisy_actions: Tensor, action: Tensor, time: Tensor) -> Tensor:
+    """Inverse of `action_from_velocity`: `(a - x) / (1 - tau)`. Defined for tau < 1."""
+    return (action - noisy_actions) / (1 - expand_time(time, noisy_actions))
+
+
+def sample_time(
+    batch_size: int,
+    sampler: str = "beta",
+    alpha: float = 1.5,
+    scale: float = 0.999,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draws flow times in [0, scale]. (B,) float32.
+
+    - `"beta"`: `tau = s * (1 - u)`, `u ~ Beta(alpha, 1)` (equation 3): mass at the noisy end for alpha > 1. `u` is
+      drawn by inverting its distribution function `u ** alpha`.
+    - `"uniform"`: `tau = s * u`.
+    - `"stratified"`: uniform, one draw from each of B equal intervals, in random order over the batch.
+    - `"logit_normal"`: `tau = s * sigmoid(z)`, `z ~ N(0, 1)`.
+
+    Raises:
+        ValueError: for another sampler.
+    """
+    options = {"generator": generator, "device": device, "dtype": torch.float32}
+    if sampler == "logit_normal":
+        return scale * torch.sigmoid(torch.randn(batch_size, **options))
+    uniform = torch.rand(batch_size, **options)
+    if sampler == "beta":
+        return scale * (1 - uniform ** (1 / alpha))
+    if sampler == "uniform":
+        return scale * uniform
+    if sampler == "stratified":
+        order = torch.randperm(batch_size, generator=generator, device=device)
+        return scale * (order + uniform) / batch_size
+    raise ValueError(f"Unknown time sampler {sampler!r}: use beta, uniform, stratified or logit_normal.")
+
+
+def masked_mean(values: Tensor, mask: Tensor, reduction: str = "per_element") -> Tensor:
+    """Mean of `values` (B, H, D) where `mask` (B, H, D) is True; 0 where nothing is. Scalar.
+
+    `"per_element"` divides the sum by the number of valid elements. `"per_channel"` first averages each channel over
+    its own valid steps and then averages the channels that have any (Qwen-VLA's two-level mean), so that a channel
+    which few robots have weighs as much as one that all have.
+
+    Values outside the mask get exactly zero gradient, also where they are not finite.
+    """
+    values = torch.where(mask, values, 0.0)
+    if reduction == "per_element":
+        return values.sum() / mask.sum().clamp(min=1)
+    if reduction == "per_channel":
+        count = mask.sum(dim=(0, 1))  # (D,)
+        means = values.sum(dim=(0, 1)) / count.clamp(min=1)
+        return means.sum() / (count > 0).sum().clamp(min=1)
+    raise ValueError(f"Unknown reduction {reduction!r}: use per_element or per_channel.")
+
+
+def flow_matching_loss(
+    velocity: Tensor,
+    actions: Tensor,
+    noise: Tensor,
+    time: Tensor,
+    mask: Tensor,
+    loss_space: str = "action",
+    reduction: str = "per_element",
+) -> Tensor:
+    """The flow matching loss of a predicted velocity. Scalar float32.
+
+    In action space (equation 5) the error of the recovered action, `a_hat - a = (1 - tau) * (v - (a - eps))`, so the
+    loss is `(1 - tau)^2` times the velocity loss (equation 6).
+
+    Args:
+        velocity: predicted velocity (B, H, D).
+        actions: clean normalised actions (B, H, D).
+        noise: the noise of the path (B, H, D).
+        time: flow times (B,).
+        mask: True where an element counts (B, H, D) bool.
+        loss_space: `"action"` or `"velocity"`.
+        reduction: see `masked_mean`.
+    """
+    error = velocity.float() - velocity_of(actions, noise).float()
+    if loss_space == "action":
+        error = (1 - expand_time(time, error)) * error
+    elif loss_space != "velocity":
+        raise ValueError(f"Unknown loss space {loss_space!r}: use action or velocity.")
+    # Masked before the square: a gradient of inf * 0 would be NaN
+    return masked_mean(torch.where(mask, error, 0.0).square(), mask, reduction)
+
+
+def time_grid(num_steps: int, scale: float = 0.999, device: torch.device | str | None = None) -> Tensor:
+    """The times at which sampling evaluates the field and where it ends: `linspace(0, 1, T + 1) * scale`. (T + 1,)."""
+    return torch.linspace(0, 1, num_steps + 1, device=device, dtype=torch.float32) * scale
+
+
+def euler_step(noisy_actions: Tensor, velocity: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
+    """One explicit Euler step of `dx / dtau = v` from `time` to `next_time` (scalars)."""
+    return noisy_actions + (next_time - time) * velocity

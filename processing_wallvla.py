@@ -1,0 +1,614 @@
+"""Processor of WallVLA: everything between a robot and a tensor, in both directions.
+
+`encode` makes the batches of training and of inference, so both see the same prompt, image size and normalisation;
+`decode_actions` is its inverse for action chunks, `parse_grounding` for points and boxes.
+
+Shapes: B samples, S tokens, H action steps and D action channels of the model, H_emb and D_robot those of a robot.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import chain, groupby
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from PIL import Image
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_transforms import convert_to_rgb
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from .action_space_wallvla import DEFAULT_PROMPT, Embodiment, short_camera_key
+
+
+ImageLike = Image.Image | np.ndarray
+
+IMAGE_TOKEN = "<|image_pad|>"
+IMAGE_PLACEHOLDER = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
+END_TOKEN = "<|im_end|>"
+
+ACTION_PROMPT = (
+    "<|im_start|>system\n{prompt}<|im_end|>\n<|im_start|>user\nObservation:{observation}\nInstruction: {instruction}\n"
+    "Predict the next action in robot action.\nProprioception: {state}\n<|im_end|>\n<|im_start|>assistant\n"
+)
+TEXT_PROMPT = (
+    "<|im_start|>system\n{prompt}<|im_end|>\n<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n"
+)
+
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_POINT = re.compile(rf"<point>\s*\[{_NUMBER},{_NUMBER}\]\s*</point>")
+_BOX = re.compile(rf"<box>\s*\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]\s*</box>")
+
+
+class WallVLAProcessor(ProcessorMixin):
+    r"""
+    Args:
+        image_processor (`Qwen2VLImageProcessorPil`, *optional*):
+            Patch size, pixel limits and colour normalisation. A torchvision processor is replaced by its PIL twin,
+            whose numbers do not depend on what is installed.
+        tokenizer (`PreTrainedTokenizerBase`):
+            A Qwen2 tokenizer.
+        embodiments (`dict[str, dict | Embodiment]`, *optional*):
+            The robots of this checkpoint by name. The attribute holds `Embodiment`s; change it by `add_embodiment`.
+        action_dim (`int`, *optional*, defaults to 26), action_horizon (`int`, *optional*, defaults to 32):
+            Channels D and steps H of the model's action chunk.
+        state_bins (`int`, *optional*, defaults to 256):
+            Bins over [-1, 1] of the proprioception written into the prompt.
+        longest_side (`int`, *optional*, defaults to 448):
+            Images are resized to this longer side, aspect kept, before the image processor rounds the sides to whole
+            patches. `None` leaves that step out.
+        state_dim (`int`, *optional*):
+            Numbers of the proprioception in the prompt: the state at its canonical channels and the middle bin in the
+            others (Wall-OSS-0.5: 26). `None` writes only the channels that the robot has.
+        max_length (`int`, *optional*):
+            The longest sequence, image tokens included. A longer one is an error; nothing is ever cut off.
+        text_system_prompt (`str`, *optional*):
+            System turn of multimodal samples. Action samples use the prompt of their embodiment.
+        chat_template (`str`, *optional*):
+            As in every processor; the prompts above do not use it.
+    """
+
+    # transformers restores only parameters that can be passed by position, so none of these is keyword-only.
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        embodiments: dict[str, dict | Embodiment] | None = None,
+        action_dim: int = 26,
+        action_horizon: int = 32,
+        state_bins: int = 256,
+        longest_side: int | None = 448,
+        state_dim: int | None = None,
+        max_length: int | None = None,
+        text_system_prompt: str = DEFAULT_PROMPT,
+        chat_template: str | None = None,
+    ):
+        if image_processor is None:
+            image_processor = Qwen2VLImageProcessorPil()
+        elif not isinstance(image_processor, Qwen2VLImageProcessorPil):
+            image_processor = Qwen2VLImageProcessorPil.from_dict(image_processor.to_dict())
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.action_dim = action_dim
+        self.action_horizon = action_horizon
+        self.state_bins = state_bins
+        self.longest_side = longest_side
+        self.state_dim = state_dim
+        self.max_length = max_length
+        self.text_system_prompt = text_system_prompt
+
+        self.image_token_id = self._special_token_id(IMAGE_TOKEN)
+        self.end_token_id = self._special_token_id(END_TOKEN)
+        if tokenizer.pad_token_id is None:
+            raise ValueError("Found a tokenizer without a pad token. Batches are padded; set `tokenizer.pad_token`.")
+        self._pixel_table = self._prepare_pixel_table()
+        # The left edges of the bins: a value at or above edge i and below edge i + 1 is in bin i.
+        self._bin_edges = np.linspace(-1, 1, state_bins + 1)[:-1]
+        self.embodiments = {}
+        for name, embodiment in (embodiments or {}).items():
+            self.add_embodiment(name, embodiment)
+
+    def _special_token_id(self, token: str) -> int:
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        if token_id is None or self.tokenizer.convert_ids_to_tokens(token_id) != token:
+            raise ValueError(
+                f"Found a tokenizer without {token}. The prompts need Qwen2-VL's special tokens; add them."
+            )
+        return token_id
+
+    def _prepare_pixel_table(self) -> np.ndarray:
+        """Colour normalisation of the image processor for every uint8 value: float32 (channels, 256)."""
+        values = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+        if self.image_processor.do_rescale:
+            values = self.image_processor.rescale(values, self.image_processor.rescale_factor)
+        if self.image_processor.do_normalize:
+            values = self.image_processor.normalize(
+                values, self.image_processor.image_mean, self.image_processor.image_std
+            )
+        return np.ascontiguousarray(values[:, 0], dtype=np.float32)
+
+    # ---- embodiments --------------------------------------------------------------------------------------------
+
+    def add_embodiment(self, name: str, embodiment: dict | Embodiment) -> None:
+        """Add or replace a robot, an `Embodiment` or its dictionary. Raises ValueError if the model cannot hold it."""
+        if isinstance(embodiment, dict):
+            embodiment = Embodiment.from_dict(embodiment)
+        embodiment.channel_mask(self.action_dim)  # raises if the layout reaches beyond the model's channels
+        if embodiment.action_horizon > self.action_horizon:
+            raise ValueError(
+                f"Found action_horizon {embodiment.action_horizon} in embodiment {name!r}, the model predicts "
+                f"{self.action_horizon} steps. Lower it, or use a model with a longer horizon."
+            )
+        channels = embodiment.state_channels
+        if self.state_dim is not None and len(channels) and channels[-1] >= self.state_dim:
+            raise ValueError(
+                f"Found a state that reaches channel {channels[-1]} in embodiment {name!r}, the prompt has state_dim "
+                f"{self.state_dim}. Raise state_dim, or use another state_layout."
+            )
+        self.embodiments[name] = embodiment
+
+    def to_dict(self) -> dict:
+        """What `save_pretrained` writes: robots in their JSON form."""
+        embodiments = {name: embodiment.to_dict() for name, embodiment in self.embodiments.items()}
+        return {**super().to_dict(), "embodiments": embodiments}
+
+    def get_embodiment(self, name: str | None = None) -> Embodiment:
+        """The `Embodiment` called `name`; without a name the only one there is."""
+        if name is None and len(self.embodiments) == 1:
+            return next(iter(self.embodiments.values()))
+        if name not in self.embodiments:
+            known = ", ".join(self.embodiments) or "none"
+            raise ValueError(
+                f"Found embodiment {name!r}. Known: {known}. Pass one of these, or call "
+                f"`processor.add_embodiment` first."
+            )
+        return self.embodiments[name]
+
+    # ---- samples to batches -------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        images: dict | list | ImageLike | None = None,
+        instruction: str | list[str] | None = None,
+        state: ArrayLike | None = None,
+        embodiment: str | list[str] | None = None,
+        actions: ArrayLike | None = None,
+        action_is_pad: ArrayLike | None = None,
+        text: str | list[str] | None = None,
+        answer: str | list[str] | None = None,
+        return_tensors: str = "pt",
+        max_length: int | None = None,
+    ) -> BatchFeature:
+        """Encode one sample, or a batch if `instruction` or `text` is a list (then every argument is one, too).
+
+        Args:
+            images: for a robot {camera: image}, for `text` a list of images (or one image). An image is a PIL image or
+                a uint8 array (h, w, 3).
+            instruction (`str`): the task; makes an action sample.
+            state: robot state (S,) in robot units. `None` leaves the proprioception out of the prompt.
+            embodiment (`str`): the robot's name; not needed if there is only one. One name may serve a whole batch.
+            actions: demonstrated chunk (steps, D_robot) in robot units, for training.
+            action_is_pad: bool (steps,), True where the chunk runs past the end of the episode.
+            text (`str`): the question; makes a multimodal sample.
+            answer (`str`): the answer, for training.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
+            max_length (`int`, *optional*): as in `encode`.
+        Returns:
+            `BatchFeature`, see `encode`.
+        """
+        if (instruction is None) == (text is None):
+            found = "neither" if text is None else "both"
+            raise ValueError(
+                f"Found {found} of `instruction` and `text`. Pass `instruction` for actions, `text` for text."
+            )
+        action_only = {"state": state, "embodiment": embodiment, "actions": actions, "action_is_pad": action_is_pad}
+        if text is None:
+            columns, foreign = {"images": images, "instruction": instruction, **action_only}, {"answer": answer}
+        else:
+            columns, foreign = {"images": images, "text": text, "answer": answer}, action_only
+        foreign = [name for name, value in foreign.items() if value is not None]
+        if foreign:
+            raise ValueError(
+                f"Found {', '.join(foreign)} beside `{'instruction' if text is None else 'text'}`, where it has no "
+                f"meaning. Leave it out."
+            )
+        columns = {name: value for name, value in columns.items() if value is not None}
+        if isinstance(text if instruction is None else instruction, str):
+            if text is not None and isinstance(images, (Image.Image, np.ndarray)):
+                columns["images"] = [images]
+            return self.encode([columns], return_tensors, max_length)
+        size = len(text if instruction is None else instruction)
+        if isinstance(embodiment, str):
+            columns["embodiment"] = [embodiment] * size
+        wrong = [f"{name} {len(column)}" for name, column in columns.items() if len(column) != size]
+        if wrong:
+            raise ValueError(
+                f"Found {', '.join(wrong)} for a batch of {size}. Every argument needs one entry per sample."
+            )
+        samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return self.encode(samples, return_tensors, max_length)
+
+    def encode(self, samples: list[dict], return_tensors: str = "pt", max_length: int | None = None) -> BatchFeature:
+        """Batch of samples, for training and for inference.
+
+        Args:
+            samples (`list[dict]`): action samples (`images`, `instruction`, `state`, `embodiment`, and for training
+                `actions`, `action_is_pad`) and multimodal samples (`images`, `text`, and for training `answer`), in
+                any mixture. Other keys are ignored, but for `state_is_dropped`: if True, the state is left out of the
+                prompt and still used as the reference of relative actions.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
+            max_length (`int`, *optional*): overrides the processor's `max_length`.
+        Returns:
+            `BatchFeature` with
+            - **input_ids**, **attention_mask**, **mm_token_type_ids** (B, S) int64, padded on the left.
+            - **pixel_values** (patches, channels * temporal * patch^2) float32 and **image_grid_thw** (images, 3)
+              int64, if there are images, sample by sample.
+            - **labels** (B, S) int64, if a sample has an answer: the answer and its end of turn, -100 elsewhere.
+            - **action_mask** (B, H, D) bool and **domain_ids** (B,) int64, if there is an action sample: the steps and
+              channels that mean something. False for multimodal samples.
+            - **actions** (B, H, D) float32, if the samples have actions: normalised, 0 where masked.
+        Raises:
+            ValueError: what was found, which rule it breaks and what to do, for every input that does not fit.
+        """
+        if not samples:
+            raise ValueError("Found no samples. A batch needs at least one.")
+        groups = self._group_by_embodiment(samples)
+        images = [self._ordered_images(sample, index) for index, sample in enumerate(samples)]
+        pixels, grids = self._patches([self._resized(image) for image in chain.from_iterable(images)])
+        states = self._state_texts(samples, groups)
+        prompts = [self._prompt(sample, states.get(index, "")) for index, sample in enumerate(samples)]
+        answers = [sample.get("answer") for sample in samples]
+        image_counts = np.array([len(row) for row in images])
+        data = self._tokens(
+            prompts, answers, image_counts, grids, self.max_length if max_length is None else max_length
+        )
+        if len(grids):
+            data.update(pixel_values=pixels, image_grid_thw=grids)
+        if groups:
+            data.update(self._actions(samples, groups))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _group_by_embodiment(self, samples: list[dict]) -> list[tuple[Embodiment, list[int]]]:
+        """[(embodiment, indices of its samples)]: what is computed per robot is computed for many samples at once."""
+        groups = {}
+        for index, sample in enumerate(samples):
+            if ("text" in sample) == ("instruction" in sample):
+                raise ValueError(
+                    f"Found keys {', '.join(sample)} in sample {index}. An action sample has `instruction`, a "
+                    f"multimodal sample `text`; exactly one of them tells which it is."
+                )
+            if "instruction" in sample:
+                groups.setdefault(sample.get("embodiment"), []).append(index)
+        return [(self.get_embodiment(name), indices) for name, indices in groups.items()]
+
+    def _ordered_images(self, sample: dict, index: int) -> list[ImageLike]:
+        """Images of a sample in the order of its prompt."""
+        images = sample.get("images")
+        if "text" in sample:
+            return list(images) if images is not None else []
+        embodiment = self.get_embodiment(sample.get("embodiment"))
+        if images is not None and not isinstance(images, dict):
+            raise ValueError(
+                f"Found images of type {type(images).__name__} in sample {index}. A robot's images are given by camera: "
+                f"{{{next(iter(embodiment.cameras))!r}: image, ...}}."
+            )
+        given = {short_camera_key(key): image for key, image in (images or {}).items()}
+        missing = [key for key in embodiment.cameras if short_camera_key(key) not in given]
+        if missing:
+            raise ValueError(
+                f"Found images of {', '.join(images or {}) or 'no camera'} in sample {index}, missing "
+                f"{', '.join(missing)}. The embodiment was trained with {', '.join(embodiment.cameras)}; pass all of "
+                f"them (the short form, such as {short_camera_key(missing[0])!r}, is enough)."
+            )
+        return [given[short_camera_key(key)] for key in embodiment.cameras]
+
+    # ---- images -------------------------------------------------------------------------------------------------
+
+    def resized_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Size (width, height) at which the model sees an image of `image_size` (width, height), in pixels."""
+        width, height = self._longest_side_size(image_size)
+        if self.image_processor.do_resize:
+            height, width = smart_resize(
+                height,
+                width,
+                factor=self.image_processor.patch_size * self.image_processor.merge_size,
+                min_pixels=self.image_processor.size["shortest_edge"],
+                max_pixels=self.image_processor.size["longest_edge"],
+            )
+        return width, height
+
+    def _longest_side_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        width, height = image_size
+        side = self.longest_side
+        if side is None or max(width, height) == side:
+            return width, height
+        if width > height:
+            return side, max(1, int(side * height / width))
+        return max(1, int(side * width / height)), side
+
+    def _resized(self, image: ImageLike) -> np.ndarray:
+        """PIL image or uint8 array (h, w, 3) to the uint8 array (h', w', 3) that is cut into patches."""
+        if isinstance(image, Image.Image):
+            image = np.asarray(image) if image.mode == "RGB" else convert_to_rgb(image, return_numpy=True)
+        elif not (
+            isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size
+        ):
+            found = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(
+                f"Found an image that is a {found}. Images are PIL images or uint8 arrays (height, width, 3) in RGB "
+                f"order; convert it."
+            )
+        size = (image.shape[1], image.shape[0])
+        # Two steps, as the published checkpoints were trained: first the longer side, then whole patches.
+        for target, resample in (
+            (self._longest_side_size(size), Image.Resampling.BICUBIC),
+            (self.resized_size(size), self.image_processor.resample),
+        ):
+            if target != (image.shape[1], image.shape[0]):
+                image = np.asarray(Image.fromarray(image).resize(target, resample))
+        return image
+
+    def _patches(self, images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """What the image processor makes of images that have their final size, bit for bit, but in one go.
+
+        Args:
+            images: uint8 arrays (h, w, 3) with sides that are multiples of patch_size * merge_size.
+        Returns:
+            Patches (patches, channels * temporal * patch^2) float32 and grids (images, 3) int64.
+        """
+        patch, merge = self.image_processor.patch_size, self.image_processor.merge_size
+        temporal = self.image_processor.temporal_patch_size
+        grids = np.array([[1, image.shape[0] // patch, image.shape[1] // patch] for image in images], dtype=np.int64)
+        count = sum(int(grid.prod()) for grid in grids)
+        pixels = np.empty((count, 3, temporal, patch * patch), dtype=np.float32)
+        start = 0
+        for (height, width, _), run in groupby(images, key=np.shape):
+            stacked = np.stack(list(run))
+            rows, columns = height // patch, width // patch
+            stop = start + len(stacked) * rows * columns
+            # (image, row, row in block, y, column, column in block, x, channel); a block is what the model merges
+            stacked = stacked.reshape(-1, rows // merge, merge, patch, columns // merge, merge, patch, 3)
+            stacked = stacked.transpose(0, 1, 4, 2, 5, 7, 3, 6).reshape(stop - start, 3, patch * patch)
+            for channel in range(3):
+                # uint8 has 256 values, so looking the normalised ones up gives the same numbers as computing them.
+                pixels[start:stop, channel] = self._pixel_table[channel][stacked[:, channel]][:, None]
+            start = stop
+        return pixels.reshape(count, 3 * temporal * patch * patch), grids
+
+    # ---- text ---------------------------------------------------------------------------------------------------
+
+    def _prompt(self, sample: dict, state: str) -> str:
+        """Prompt of a sample, with one image token per image."""
+        if "text" in sample:
+            images = IMAGE_PLACEHOLDER * len(sample.get("images") or [])
+            return TEXT_PROMPT.format(prompt=self.text_system_prompt, images=images, text=sample["text"])
+        embodiment = self.get_embodiment(sample.get("embodiment"))
+        observation = "".join(f" {label}: {IMAGE_PLACEHOLDER}" for label in embodiment.cameras.values())
+        return ACTION_PROMPT.format(
+            prompt=embodiment.prompt, observation=observation, instruction=sample["instruction"], state=state
+        )
+
+    def _state_texts(self, samples: list[dict], groups: list) -> dict[int, str]:
+        """{index of the sample: its digitised state, numbers of 0 to state_bins - 1 joined by spaces}."""
+        texts = {}
+        for embodiment, indices in groups:
+            rows = [
+                i for i in indices if samples[i].get("state") is not None and not samples[i].get("state_is_dropped")
+            ]
+            if not rows or not embodiment.state_channels.size:
+                continue
+            values = embodiment.encode_state(self._stack([samples[i]["state"] for i in rows], rows, "state", 1))
+            if self.state_dim is not None:
+                padded = np.zeros((len(rows), self.state_dim))
+                padded[:, embodiment.state_channels] = values
+                values = padded
+            bins = np.digitize(values, self._bin_edges) - 1
+            texts.update((row, " ".join(map(str, line))) for row, line in zip(rows, bins.tolist(), strict=True))
+        return texts
+
+    @staticmethod
+    def _stack(values: list, rows: list[int], name: str, dimensions: int) -> np.ndarray:
+        values = [np.asarray(value, dtype=np.float64) for value in values]
+        for value, row in zip(values, rows, strict=True):
+            if value.ndim != dimensions or value.shape != values[0].shape:
+                raise ValueError(
+                    f"Found {name} of shape {value.shape} in sample {row} and {values[0].shape} in sample {rows[0]} "
+                    f"of the same embodiment. A {name} has {dimensions} dimension(s) and its layout fixes the last."
+                )
+        return np.stack(values)
+
+    def _tokens(
+        self, prompts: list[str], answers: list, image_counts: np.ndarray, grids: np.ndarray, max_length: int | None
+    ) -> dict[str, np.ndarray]:
+        """Token arrays (B, S) of prompts and answers; see `encode`. `image_counts` (B,), `grids` (images, 3)."""
+        # Answers are tokenised on their own, because `generate` continues a prompt that was tokenised without them.
+        answered = [index for index, answer in enumerate(answers) if answer is not None]
+        texts = prompts + [f"{answers[index]}{END_TOKEN}\n" for index in answered]
+        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        rows, learned = ids[: len(prompts)], [[False] * len(row) for row in ids[: len(prompts)]]
+        for index, answer in zip(answered, ids[len(prompts) :], strict=True):
+            end = len(answer) - answer[::-1].index(self.end_token_id)  # the newline after it belongs to the next turn
+            rows[index] = rows[index] + answer
+            learned[index] += [True] * end + [False] * (len(answer) - end)
+
+        size = len(prompts)
+        tokens = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
+        row_of = np.repeat(np.arange(size), [len(row) for row in rows])
+        is_image = tokens == self.image_token_id
+        found = np.bincount(row_of[is_image], minlength=size)
+        for index in np.flatnonzero(found != image_counts):
+            raise ValueError(
+                f"Found {found[index]} image tokens for {image_counts[index]} image(s) in sample {index}. The text "
+                f"must not contain {IMAGE_TOKEN}: the processor writes one per image. Remove it."
+            )
+        repeats = np.ones(len(tokens), dtype=np.int64)
+        if len(grids):
+            repeats[is_image] = grids.prod(axis=1) // self.image_processor.merge_size**2
+        tokens, row_of = np.repeat(tokens, repeats), np.repeat(row_of, repeats)
+
+        lengths = np.bincount(row_of, minlength=size)
+        longest = lengths.max()
+        if max_length is not None and longest > max_length:
+            raise ValueError(
+                f"Found {longest} tokens in sample {lengths.argmax()}, max_length is {max_length}. Cutting would "
+                f"remove image tokens or the instruction: raise max_length, or lower longest_side."
+            )
+        where = row_of, np.arange(len(tokens)) - np.cumsum(lengths)[row_of] + longest  # flush right
+        input_ids = np.full((size, longest), self.tokenizer.pad_token_id, dtype=np.int64)
+        input_ids[where] = tokens
+        attention_mask = np.zeros_like(input_ids)
+        attention_mask[where] = 1
+        data = {"input_ids": input_ids, "attention_mask": attention_mask}
+        data["mm_token_type_ids"] = (input_ids == self.image_token_id).astype(np.int64)
+        if answered:
+            is_learned = np.repeat(np.fromiter(chain.from_iterable(learned), dtype=bool), repeats)
+            data["labels"] = np.full_like(input_ids, -100)
+            data["labels"][where] = np.where(is_learned, tokens, -100)
+        return data
+
+    # ---- actions ------------------------------------------------------------------------------------------------
+
+    def _actions(self, samples: list[dict], groups: list) -> dict[str, np.ndarray]:
+        """`action_mask`, `domain_ids` and, if the samples have them, `actions`; see `encode`."""
+        shape = (len(samples), self.action_horizon, self.action_dim)
+        data = {"action_mask": np.zeros(shape, dtype=bool), "domain_ids": np.zeros(len(samples), dtype=np.int64)}
+        indices = sorted(chain.from_iterable(rows for _, rows in groups))
+        without = [index for index in indices if samples[index].get("actions") is None]
+        if without and len(without) < len(indices):
+            raise ValueError(
+                f"Found no `actions` in sample {without[0]}, though other samples have them. A batch is for training "
+                f"(all action samples have `actions`) or for inference (none has)."
+            )
+        if not without:
+            data["actions"] = np.zeros(shape, dtype=np.float32)
+        for embodiment, rows in groups:
+            data["domain_ids"][rows] = embodiment.domain
+            if without:
+                where = np.ix_(rows, np.arange(embodiment.action_horizon), embodiment.action_channels)
+                data["action_mask"][where] = True
+                continue
+            by_steps = {}  # chunks near the end of an episode may be shorter
+            for row in rows:
+                by_steps.setdefault(len(samples[row]["actions"]), []).append(row)
+            for steps, rows_of_steps in by_steps.items():
+                values, valid = self._encoded_chunks(samples, embodiment, rows_of_steps, steps)
+                where = np.ix_(rows_of_steps, np.arange(steps), embodiment.action_channels)
+                data["actions"][where] = np.where(valid, values, 0.0)
+                data["action_mask"][where] = valid
+        return data
+
+    def _encoded_chunks(
+        self, samples: list[dict], embodiment: Embodiment, rows: list[int], steps: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Normalised chunks (rows, steps, K) and which steps are real, (rows, steps, 1) bool."""
+        if steps > embodiment.action_horizon:
+            raise ValueError(
+                f"Found {steps} action steps in sample {rows[0]}, the embodiment's action_horizon is "
+                f"{embodiment.action_horizon}. Cut the chunk to that many steps when reading the dataset."
+            )
+        states = None
+        if embodiment.reference_frame != "absolute":
+            stateless = [row for row in rows if samples[row].get("state") is None]
+            if stateless:
+                raise ValueError(
+                    f"Found no state in sample {stateless[0]}, whose actions are {embodiment.reference_frame}: they "
+                    f"are measured from the current pose. Pass it; `state_is_dropped` keeps it out of the prompt."
+                )
+            states = self._stack([samples[row]["state"] for row in rows], rows, "state", 1)
+        chunks = self._stack([samples[row]["actions"] for row in rows], rows, "actions", 2)
+        is_pad = np.zeros((len(rows), steps), dtype=bool)
+        for line, row in enumerate(rows):
+            if samples[row].get("action_is_pad") is not None:
+                flags = np.asarray(samples[row]["action_is_pad"], dtype=bool)
+                if flags.shape != (steps,):
+                    raise ValueError(
+                        f"Found action_is_pad of shape {flags.shape} and {steps} action steps in sample {row}. Each "
+                        f"step has one entry."
+                    )
+                is_pad[line] = flags
+        return embodiment.encode_actions(chunks, states), ~is_pad[..., None]
+
+    def decode_actions(
+        self, chunk: torch.Tensor | np.ndarray, state: ArrayLike | None = None, embodiment: str | None = None
+    ) -> np.ndarray:
+        """Action chunks of the model in the units of the robot: the inverse of what `encode` does to `actions`.
+
+        Args:
+            chunk (`torch.Tensor` or `np.ndarray`): normalised actions (H, D) or (B, H, D) of `sample_actions`.
+            state: robot state (S,) or (B, S) for which the chunk was predicted; may be `None` if the embodiment's
+                reference frame is absolute.
+            embodiment (`str`): name of the robot; may be left out if there is only one.
+        Returns:
+            `np.ndarray`: float64 (H_emb, D_robot) or (B, H_emb, D_robot).
+        Raises:
+            ValueError: a wrong shape, or a NaN or infinity, which must not reach a robot.
+        """
+        robot = self.get_embodiment(embodiment)
+        if isinstance(chunk, torch.Tensor):
+            chunk = chunk.detach().float().cpu().numpy()
+        chunk = np.asarray(chunk, dtype=np.float64)
+        if chunk.ndim not in (2, 3) or chunk.shape[-1] != self.action_dim or chunk.shape[-2] < robot.action_horizon:
+            raise ValueError(
+                f"Found an action chunk of shape {chunk.shape}. It is (H, D) or (B, H, D) with D {self.action_dim} "
+                f"and at least the embodiment's {robot.action_horizon} steps; pass what `sample_actions` returned."
+            )
+        values = chunk[..., : robot.action_horizon, :][..., robot.action_channels]
+        if not np.isfinite(values).all():
+            step, channel = np.argwhere(~np.isfinite(values))[0][-2:]
+            raise ValueError(
+                f"Found a non-finite number at step {step}, model channel {robot.action_channels[channel]}. It must "
+                f"not reach a robot. Check the model's weights and dtype."
+            )
+        if state is not None:
+            state = np.asarray(state, dtype=np.float64)
+            if chunk.ndim == 3 and state.ndim == 1:
+                state = np.broadcast_to(state, (len(chunk), len(state)))
+            if state.shape[:-1] != chunk.shape[:-2]:
+                raise ValueError(
+                    f"Found a state of shape {state.shape} for an action chunk of shape {chunk.shape}. Pass one "
+                    f"state, or one per chunk."
+                )
+        return robot.decode_actions(values, state)
+
+    # ---- grounding ----------------------------------------------------------------------------------------------
+
+    def parse_grounding(
+        self, text: str, image_size: tuple[int, int]
+    ) -> tuple[list[tuple[float, float]], list[tuple[float, float, float, float]]]:
+        """Points and boxes of a generated text, in pixels of the original image.
+
+        Args:
+            text (`str`): with `<point>[x, y]</point>` and `<box>[x1, y1, x2, y2]</box>`, in pixels of the image as
+                the model saw it (`resized_size`). Anything else is skipped, and so are boxes with swapped corners.
+            image_size: (width, height) of the original image, `image.size` of a PIL image.
+        Returns:
+            `points` [(x, y)] and `boxes` [(x1, y1, x2, y2)]: lists of tuples of floats, clamped to the image.
+        """
+        points = [self._to_original(match, image_size) for match in _POINT.findall(text)]
+        boxes = [self._to_original(match, image_size) for match in _BOX.findall(text)]
+        return points, [box for box in boxes if box[0] <= box[2] and box[1] <= box[3]]
+
+    def format_point(self, point: Sequence[float], image_size: tuple[int, int]) -> str:
+        """Inverse of `parse_grounding` for a point (x, y) in pixels of the original image; rounds to whole pixels."""
+        return f"<point>{self._to_resized(point, image_size)}</point>"
+
+    def format_box(self, box: Sequence[float], image_size: tuple[int, int]) -> str:
+        """Inverse of `parse_grounding` for a box (x1, y1, x2, y2) in pixels of the original image."""
+        return f"<box>{self._to_resized(box, image_size)}</box>"
+
+    def _to_original(self, coordinates: Sequence[str], image_size: tuple[int, int]) -> tuple[float, ...]:
+        resized = self.resized_size(image_size)
+        return tuple(
+            min(max(float(value) * image_size[axis % 2] / resized[axis % 2], 0.0), float(image_size[axis % 2]))
+            for axis, value in enumerate(coordinates)
+        )
+
+    def _to_resized(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> list[int]:
+        resized = self.resized_size(image_size)
+        return [
+            round(min(max(value / image_size[axis % 2], 0.0), 1.0) * resized[axis % 2])
+            for axis, value in enumerate(coordinates)
+        ]
+
+
+# Lets `save_pretrained` copy this file and its siblings beside the weights; registers nothing in the process.
+WallVLAProcessor.register_for_auto_class("AutoProcessor")

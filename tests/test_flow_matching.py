@@ -1,0 +1,152 @@
+"""Flow matching: every formula against another way to compute it."""
+
+import math
+
+import pytest
+import torch
+from wallvla.flow_matching_wallvla import (
+    action_from_velocity,
+    euler_step,
+    flow_matching_loss,
+    interpolate,
+    masked_mean,
+    sample_time,
+    time_grid,
+    velocity_from_action,
+    velocity_of,
+)
+
+
+@pytest.fixture
+def path():
+    """actions, noise, time in float64."""
+    generator = torch.Generator().manual_seed(0)
+    actions, noise = torch.randn(2, 5, 7, 3, generator=generator, dtype=torch.float64)
+    time = torch.tensor([0.0, 0.1, 0.3, 0.9, 0.999], dtype=torch.float64)
+    return actions, noise, time
+
+
+def test_path_starts_at_noise_and_ends_at_the_action(path):
+    actions, noise, _ = path
+    torch.testing.assert_close(interpolate(actions, noise, torch.zeros(5)), noise)
+    torch.testing.assert_close(interpolate(actions, noise, torch.ones(5)), actions)
+
+
+def test_velocity_is_the_derivative_of_the_path(path):
+    actions, noise, time = path
+    time.requires_grad_(True)
+    derivative = torch.autograd.functional.jvp(lambda t: interpolate(actions, noise, t), time, torch.ones_like(time))[1]
+    torch.testing.assert_close(derivative, velocity_of(actions, noise))
+
+
+def test_recovered_action_and_its_inverse(path):
+    actions, noise, time = path
+    noisy, velocity = interpolate(actions, noise, time), velocity_of(actions, noise)
+    torch.testing.assert_close(action_from_velocity(noisy, velocity, time), actions)
+    other = torch.randn_like(actions)
+    torch.testing.assert_close(action_from_velocity(noisy, velocity_from_action(noisy, other, time), time), other)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.3, 0.9, 0.999])
+def test_action_space_loss_is_the_velocity_loss_times_one_minus_tau_squared(path, tau):
+    actions, noise, _ = (x.float() for x in path)
+    time = torch.full((5,), tau)
+    velocity, mask = torch.randn_like(actions), torch.rand_like(actions) > 0.3
+    in_action_space = flow_matching_loss(velocity, actions, noise, time, mask, "action")
+    in_velocity_space = flow_matching_loss(velocity, actions, noise, time, mask, "velocity")
+    torch.testing.assert_close(in_action_space, (1 - tau) ** 2 * in_velocity_space, rtol=1e-6, atol=1e-6)
+    # and it is the error of the recovered action, equation 5
+    recovered = action_from_velocity(interpolate(actions, noise, time), velocity, time)
+    torch.testing.assert_close(in_action_space, ((recovered - actions)[mask] ** 2).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_masked_elements_get_no_gradient_even_when_not_finite(path):
+    actions, noise, time = (x.float() for x in path)
+    mask = torch.rand_like(actions) > 0.5
+    velocity = torch.where(mask, torch.randn_like(actions), torch.inf).requires_grad_(True)
+    for space in ("action", "velocity"):
+        for reduction in ("per_element", "per_channel"):
+            (gradient,) = torch.autograd.grad(
+                flow_matching_loss(velocity, actions, noise, time, mask, space, reduction), velocity
+            )
+            assert torch.equal(gradient[~mask], torch.zeros_like(gradient[~mask]))
+            assert gradient[mask].isfinite().all() and (gradient[mask] != 0).all()
+
+
+def test_masked_means_against_loops():
+    values, mask = torch.randn(4, 6, 3), torch.rand(4, 6, 3) > 0.4
+    mask[..., 2] = False  # a channel that no sample has
+    torch.testing.assert_close(masked_mean(values, mask), values[mask].mean())
+    per_channel = torch.stack([values[..., c][mask[..., c]].mean() for c in range(2)]).mean()
+    torch.testing.assert_close(masked_mean(values, mask, "per_channel"), per_channel)
+    assert masked_mean(values, torch.zeros_like(mask)) == 0
+    assert masked_mean(values, torch.zeros_like(mask), "per_channel") == 0
+
+
+@pytest.mark.parametrize(
+    "sampler, distribution",
+    [
+        # P(tau <= t) = P(u >= 1 - t / s) for u ~ Beta(1.5, 1)
+        ("beta", lambda t: 1 - (1 - t / 0.999) ** 1.5),
+        ("uniform", lambda t: t / 0.999),
+        ("stratified", lambda t: t / 0.999),
+        ("logit_normal", lambda t: 0.5 * (1 + math.erf(math.log(t / (0.999 - t)) / math.sqrt(2)))),
+    ],
+)
+def test_time_samplers_follow_their_distribution(sampler, distribution):
+    draws = sample_time(40_000, sampler, generator=torch.Generator().manual_seed(1))
+    assert draws.min() >= 0 and draws.max() <= 0.999
+    for t in (0.1, 0.3, 0.5, 0.8):
+        # four standard errors of a proportion
+        assert abs((draws <= t).float().mean().item() - distribution(t)) < 4 * 0.5 / math.sqrt(40_000)
+
+
+def test_beta_times_equal_torch_beta_distribution():
+    ours = sample_time(20_000, "beta", alpha=1.5, scale=1.0, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(3)
+    theirs = 1 - torch.distributions.Beta(1.5, 1.0).sample((20_000,))
+    quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    torch.testing.assert_close(ours.quantile(quantiles), theirs.quantile(quantiles), atol=0.015, rtol=0)
+
+
+def test_stratified_times_fill_every_interval():
+    draws = sample_time(16, "stratified", scale=1.0, generator=torch.Generator().manual_seed(4))
+    assert sorted((draws * 16).long().tolist()) == list(range(16))
+
+
+def test_times_repeat_with_the_generator():
+    for sampler in ("beta", "uniform", "stratified", "logit_normal"):
+        first = sample_time(8, sampler, generator=torch.Generator().manual_seed(5))
+        assert torch.equal(first, sample_time(8, sampler, generator=torch.Generator().manual_seed(5)))
+
+
+def test_euler_on_a_field_with_a_known_solution():
+    """dx/dt = 3 t^2 has x(s) = x(0) + s^3; Euler is off by a term that shrinks with the step."""
+    errors = []
+    for steps in (10, 100):
+        times, x = time_grid(steps), torch.zeros(1, 2, 2)
+        for t, t_next in zip(times[:-1], times[1:], strict=True):
+            x = euler_step(x, torch.full_like(x, 3 * t.item() ** 2), t, t_next)
+        errors.append((x - 0.999**3).abs().max().item())
+    assert errors[1] < errors[0] / 9
+
+
+def test_euler_is_exact_on_the_straight_path(path):
+    actions, noise, _ = (x.float() for x in path)
+    times, x = time_grid(7, scale=1.0), noise
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        x = euler_step(x, velocity_of(actions, noise), t, t_next)
+    torch.testing.assert_close(x, actions, atol=1e-5, rtol=0)
+
+
+def test_time_grid_ends_at_the_scale():
+    torch.testing.assert_close(time_grid(10), torch.arange(11) / 10 * 0.999)
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(ValueError, match="'gaussian'.*beta"):
+        sample_time(2, "gaussian")
+    with pytest.raises(ValueError, match="'pixel'.*velocity"):
+        flow_matching_loss(*torch.zeros(3, 1, 1, 1), torch.zeros(1), torch.ones(1, 1, 1).bool(), "pixel")
+    with pytest.raises(ValueError, match="'sum'.*per_channel"):
+        masked_mean(torch.zeros(1, 1, 1), torch.ones(1, 1, 1).bool(), "sum")

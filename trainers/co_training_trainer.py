@@ -1,0 +1,157 @@
+"""Gradient-bridged co-training as a `transformers.Trainer` (Wall-OSS-0.5, section 2.2.1)."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from ..flow_matching_wallvla import sample_time
+from ..modeling_wallvla import WallVLAForConditionalGeneration
+from .co_training_config import CoTrainingConfig
+
+
+LOSS_NAMES = ("flow_loss", "action_token_loss", "text_loss")
+
+
+class LossBarCallback(ProgressCallback):
+    """A progress bar with the latest losses and the time that is left, instead of a line for every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None:
+            shown = {k: f"{v:.4g}" for k, v in logs.items() if k.endswith("loss") or k == "learning_rate"}
+            self.training_bar.set_postfix(shown, refresh=False)
+
+
+class CoTrainingTrainer(Trainer):
+    r"""
+    Trains the three objectives of a [`WallVLAForConditionalGeneration`] together (equation 1).
+
+    Each loss is averaged over all its own elements in the whole optimizer step: over the micro batches that are
+    accumulated and over all ranks. A batch or a rank without a kind of sample biases nothing.
+
+    The noise and the time of the flow are drawn from (seed, rank, step, micro batch), so a resumed run sees the draws
+    it would have seen, and two ranks never see the same.
+
+    Args:
+        model: the model to train.
+        args: training options.
+        data_collator: makes a batch of samples, `wallvla.data.collator.Collator`.
+        train_dataset: yields samples, `wallvla.data.mixture.CoTrainingMixture`.
+        eval_dataset: yields samples, *optional*.
+        processing_class: the processor, saved with every checkpoint so that each is a complete repository.
+        callbacks: more `TrainerCallback`s, *optional*.
+    """
+
+    # The loss that compute_loss returns is already a share of the accumulated batch
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: WallVLAForConditionalGeneration,
+        args: CoTrainingConfig,
+        data_collator,
+        train_dataset,
+        eval_dataset=None,
+        processing_class=None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LossBarCallback)
+        # Our batches always carry what a loss needs, whichever keys those are
+        self.can_return_loss = True
+        self.label_names = []
+        self._draws = 0
+        self._metrics = {"train": torch.zeros(2, 3), "eval": torch.zeros(2, 3)}  # sums and counts of each loss
+
+    def count_targets(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """How many action elements, discrete action tokens and text tokens a batch trains on. (3,) float32."""
+        counts = torch.zeros(3)
+        if "action_mask" in batch and "actions" in batch:
+            counts[0] = batch["action_mask"].sum()
+        if "labels" in batch:
+            targets = batch["labels"][:, 1:]
+            of_action = self.accelerator.unwrap_model(self.model).is_action_token(targets)
+            counts[1] = of_action.sum()
+            counts[2] = (targets != -100).sum() - counts[1]
+        return counts
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """The counts of `count_targets` over all micro batches of the step and all ranks."""
+        self._draws = 0
+        if not batch_samples:
+            return None
+        counts = torch.stack([self.count_targets(batch) for batch in batch_samples]).sum(dim=0).to(device)
+        return self.accelerator.reduce(counts, reduction="sum")
+
+    def _draw_flow(self, actions: Tensor) -> dict[str, Tensor]:
+        """Noise (B, H, D) and times (B,) that depend only on seed, rank, step and micro batch."""
+        config = self.accelerator.unwrap_model(self.model).config
+        step = self.state.global_step if self.model.training else 0  # the same draws at every evaluation
+        key = [self.args.seed, self.accelerator.process_index, step, self._draws, int(self.model.training)]
+        self._draws += 1
+        # On the CPU, so that a run gives the same draws on every device
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        noise = torch.randn(actions.shape, generator=generator)
+        time = sample_time(len(actions), config.time_sampler, config.time_alpha, config.time_scale, generator)
+        return {"noise": noise.to(actions.device), "time": time.to(actions.device)}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ):
+        """The weighted sum of the losses, each scaled to this micro batch's share of the optimizer step."""
+        if "actions" in inputs:
+            inputs = {**inputs, **self._draw_flow(inputs["actions"])}
+        outputs = model(**inputs)
+        config = self.accelerator.unwrap_model(model).config
+        weights = (1.0, config.action_token_loss_weight, config.text_loss_weight)
+        counts = outputs.loss_counts
+        totals = counts if num_items_in_batch is None else num_items_in_batch
+        # Gradients are averaged over ranks afterwards; the shares have to be summed
+        shares = counts / totals.clamp(min=1) * (1 if num_items_in_batch is None else self.accelerator.num_processes)
+        sums = torch.zeros(3, device=counts.device)
+        loss = torch.zeros((), device=counts.device)
+        for i, (name, weight) in enumerate(zip(LOSS_NAMES, weights, strict=True)):
+            if outputs[name] is not None:
+                loss = loss + weight * shares[i] * outputs[name]
+                sums[i] = outputs[name].detach() * counts[i]
+        mode = "train" if model.training else "eval"
+        self._metrics[mode] = self._metrics[mode].to(counts.device) + torch.stack([sums, counts])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of each loss since the last log; a loss that is not finite stops the run."""
+        mode = "train" if self.model.training else "eval"
+        sums, counts = self.accelerator.reduce(self._metrics[mode], reduction="sum").tolist()
+        for name, total, count in zip(LOSS_NAMES, sums, counts, strict=True):
+            if count > 0:
+                logs[name if mode == "train" else f"eval_{name}"] = total / count
+        self._metrics[mode].zero_()
+        broken = {k: v for k, v in logs.items() if k.endswith("loss") and not math.isfinite(v)}
+        if broken:
+            raise FloatingPointError(
+                f"The loss is not finite at step {self.state.global_step}: {broken}. Lower the learning rate "
+                f"({self.args.learning_rate}), look at the batch for extreme actions, or resume from the last checkpoint."
+            )
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._draws = 0
+        return super().evaluation_loop(*args, **kwargs)
