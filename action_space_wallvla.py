@@ -577,6 +577,8 @@ class Embodiment:
                         f"the transform to the model's layout); all must be there and finite. Recompute them with "
                         f"`wallvla stats`."
                     )
+            if np.any(np.less(checked[kind]["q99"], checked[kind]["q01"])):
+                raise ValueError(f"Found {kind} statistics with q99 below q01. Recompute them with `wallvla stats`.")
         return checked
 
     # ---- sizes and channels -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class WallVLAActionExpertConfig(PreTrainedConfig):
     The action expert. Fields left at `None` are copied from the VL expert, with which it shares attention.
 
     kind (`str`, *optional*, defaults to `"mot"`):
-        `"mot"`: a narrow transformer that attends to the keys and values of every VL layer (Wall-OSS-0.5, section 2.1.1).
+        `"mot"`: a narrow transformer that attends to the keys and values of every VL layer (Wall-OSS-0.5, 2.1.1).
     hidden_size (`int`, *optional*, defaults to 1024):
         Width of the action tokens.
     intermediate_size (`int`, *optional*, defaults to 2048):
@@ -190,7 +190,9 @@ class WallVLAConfig(PreTrainedConfig):
         """
         unknown = sorted(set(overrides) - set(cls.__dataclass_fields__))
         if unknown:
-            raise ValueError(f"WallVLAConfig has no field {unknown}; its fields are {sorted(cls.__dataclass_fields__)}.")
+            raise ValueError(
+                f"WallVLAConfig has no field {unknown}; its fields are {sorted(cls.__dataclass_fields__)}."
+            )
         fields = {
             "vlm_config": {
                 "model_type": "qwen2_5_vl",

@@ -201,6 +201,13 @@ class WallVLAPreTrainedModel(PreTrainedModel):
     # The trainer averages the losses itself, over ranks and accumulated batches
     accepts_loss_kwargs = False
 
+    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:
+        """As `PreTrainedModel.save_pretrained`, but under the names that the parameters have in this model.
+
+        The framework's default are the names of Qwen's first release, which `Trainer` cannot resume from.
+        """
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         """Refuses a checkpoint that does not match: nothing is ever silently random."""
         super()._adjust_missing_and_unexpected_keys(loading_info)

@@ -256,7 +256,7 @@ class WallVLAProcessor(ProcessorMixin):
         pixels, grids = self._patches([self._resized(image) for image in chain.from_iterable(images)])
         states = self._state_texts(samples, groups)
         prompts = [self._prompt(sample, states.get(index, "")) for index, sample in enumerate(samples)]
-        answers = [sample.get("answer") for sample in samples]
+        answers = [sample.get("answer") if "text" in sample else None for sample in samples]
         image_counts = np.array([len(row) for row in images])
         data = self._tokens(
             prompts, answers, image_counts, grids, self.max_length if max_length is None else max_length
@@ -288,8 +288,8 @@ class WallVLAProcessor(ProcessorMixin):
         embodiment = self.get_embodiment(sample.get("embodiment"))
         if images is not None and not isinstance(images, dict):
             raise ValueError(
-                f"Found images of type {type(images).__name__} in sample {index}. A robot's images are given by camera: "
-                f"{{{next(iter(embodiment.cameras))!r}: image, ...}}."
+                f"Found images of type {type(images).__name__} in sample {index}. A robot's images are given by "
+                f"camera: {{{next(iter(embodiment.cameras))!r}: image, ...}}."
             )
         given = {short_camera_key(key): image for key, image in (images or {}).items()}
         missing = [key for key in embodiment.cameras if short_camera_key(key) not in given]

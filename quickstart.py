@@ -127,7 +127,9 @@ def quickstart(config: QuickstartConfig) -> dict:
 def _prepare_folder(config: QuickstartConfig) -> Path:
     """The run folder, new or of the same interrupted run."""
     folder = Path(config.output)
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "overwrite")}
+    options = {
+        name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "overwrite")
+    }
     if config.overwrite and (folder / "config.json").exists():
         shutil.rmtree(folder)
     if (folder / "config.json").exists():
@@ -156,7 +158,11 @@ def _prepare_folder(config: QuickstartConfig) -> Path:
 def record(config: QuickstartConfig, folder: Path) -> None:
     """Writes `dataset/` (LeRobot v3.0) and `grounding.parquet` (boxes and points of the objects in its frames)."""
     shutil.rmtree(folder / "dataset", ignore_errors=True)
-    camera = {"dtype": "video", "shape": [config.image_size, config.image_size, 3], "names": ["height", "width", "channel"]}
+    camera = {
+        "dtype": "video",
+        "shape": [config.image_size, config.image_size, 3],
+        "names": ["height", "width", "channel"],
+    }
     features = {
         "observation.state": {"dtype": "float32", "shape": [len(STATE_NAMES)], "names": list(STATE_NAMES)},
         "action": {"dtype": "float32", "shape": [len(ACTION_NAMES)], "names": list(ACTION_NAMES)},
@@ -209,15 +215,20 @@ def build_tokenizer(config: QuickstartConfig) -> Qwen2Tokenizer:
     prefix decides how fast training goes.
     """
     words = [f"Instruction: {text}" for text in INSTRUCTIONS.values()]
-    words += [grounding_prompt(name, kind) for name in ("button", "window handle", "robot hand") for kind in ("point", "box")]
+    words += [
+        grounding_prompt(name, kind) for name in ("button", "window handle", "robot hand") for kind in ("point", "box")
+    ]
     words += ["You are a helpful assistant.", "Observation: front view: wrist view: left right", "drawer cabinet box"]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(words * 8, vocab_size=900, show_progress=False)
     special = ["im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in special]})
+    tokenizer.eos_token = "<|im_end|>"  # ends a turn, as in Qwen's instruction-tuned models
     phrases = [
         "system\nYou are a helpful assistant.",
         "user\n",
-        "Observation:",
+        "user\nObservation:",
+        " front view: ",
+        " wrist view: ",
         "\nInstruction:",
         "\nPredict the next action in robot action.\nProprioception:",
         "assistant\n",
@@ -227,7 +238,9 @@ def build_tokenizer(config: QuickstartConfig) -> Qwen2Tokenizer:
         *("<box>[", "]</box>", "<point>[", "]</point>"),
     ]
     # lstrip: a number takes the blank before it along
-    numbers = [AddedToken(str(number), lstrip=True, normalized=False) for number in range(max(100, config.image_size + 1))]
+    numbers = [
+        AddedToken(str(number), lstrip=True, normalized=False) for number in range(max(100, config.image_size + 1))
+    ]
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases] + numbers)
     return tokenizer
 
@@ -356,7 +369,12 @@ def write_model_card(folder: Path, config: QuickstartConfig, results: dict) -> N
 
 def evaluate_policy(config: QuickstartConfig, folder: Path, result: Path) -> None:
     """Closed loop on unseen seeds, open loop on unseen demonstrations, grounding on unseen scenes."""
-    trained = {"kind": "hub", "path": str((folder / "hub").resolve()), "embodiment": EMBODIMENT, "device": config.device}
+    trained = {
+        "kind": "hub",
+        "path": str((folder / "hub").resolve()),
+        "embodiment": EMBODIMENT,
+        "device": config.device,
+    }
     instructions = [INSTRUCTIONS[task] for task in config.task]
     told = dict(zip(instructions, instructions[1:] + instructions[:1], strict=True))
     common = {"tasks": config.task, "image_size": config.image_size, "max_steps": 200, "trust_remote_code": True}
@@ -441,7 +459,7 @@ def write_report(config: QuickstartConfig, folder: Path, seconds: dict) -> dict:
     print(f"grounding, {grounding['samples']} questions on unseen scenes:")
     for name in ("point_in_object", "point_in_object_when_swapped"):
         if grounding[name] is not None:
-            print(f"  {name}: {grounding[name]['rate']:.0%} [{grounding[name]['low']:.0%}, {grounding[name]['high']:.0%}]")
+            print(f"  {name}: " + "{rate:.0%} [{low:.0%}, {high:.0%}]".format(**grounding[name]))
     summary = {"config": json.loads((folder / "config.json").read_text()), "seconds": seconds, **evaluation}
     _write_json(report / "summary.json", summary)
     return summary

@@ -35,7 +35,9 @@ class LeRobotDataset:
             Default: all colour cameras of the dataset; `[]` for none.
         action_horizon: H, length of the action chunk in frames.
         episodes: episode numbers to read, in this order. Default: all.
-        frames_in_memory: decode all frames once, now, into uint8 memory. Needs N * h * w * 3 bytes per camera.
+        frames_in_memory: decode all frames once, now, into uint8 memory. Needs N * h * w * 3 bytes per camera, which
+            forked data loader workers share and spawned ones copy. Worth it for small images, and for image columns
+            in files of one huge row group (older writers), whose random access reads the whole group.
         state_key, action_key: features that hold proprioception and action.
         tolerance_s: largest accepted distance in seconds between a row and its video frame. Default: a quarter of the
             frame period, below which the nearest frame cannot be a neighbour.
@@ -49,8 +51,8 @@ class LeRobotDataset:
 
     Raises:
         FileNotFoundError: the folder or a file that the metadata names is missing.
-        ValueError: unsupported version, unknown keys, counts that disagree, damaged files, NaN in state or action.
-        MemoryError: `frames_in_memory` needs more than the memory that is free.
+        ValueError: unsupported version, unknown keys, counts that disagree, damaged files, NaN in state or action,
+            `frames_in_memory` where not enough memory is free.
 
     Instances can be pickled and used in data loader workers: every process opens its own files. Not thread-safe.
     """
@@ -138,18 +140,20 @@ class LeRobotDataset:
         unknown = sorted(set(self.task_indices.tolist()) - set(self.tasks))
         if unknown:
             raise ValueError(
-                f"Rows of {self.root} use task_index {unknown}, but meta/tasks.parquet only has "
-                f"{sorted(self.tasks)}. The metadata and the data are from different versions; download both again."
+                f"Rows of {self.root} use task_index {unknown}, but the list of tasks in meta/ only has "
+                f"{sorted(self.tasks)}. The metadata and the data are from different revisions; download both again."
             )
 
     def _check_files_exist(self):
+        seen = set()
         for record in self._records:
             for key, (path, _) in record.videos.items():
-                if not path.is_file():
+                if path not in seen and not path.is_file():
                     raise FileNotFoundError(
                         f"{path} is missing: the video of {key}, episode {record.index}. Download it, or leave the "
                         "camera out with cameras=[...]."
                     )
+                seen.add(path)
 
     def __len__(self) -> int:
         return len(self._episode_of_frame)
@@ -226,7 +230,7 @@ class LeRobotDataset:
         needed = sum(len(self) * int(np.prod(shape)) for shape in shapes.values())
         free = _free_memory_bytes()
         if needed > free:
-            raise MemoryError(
+            raise ValueError(
                 f"frames_in_memory needs {needed / 2**30:.1f} GiB for {len(self)} frames of "
                 f"{', '.join(self.camera_keys)}, but {free / 2**30:.1f} GiB are free. Choose fewer cameras or "
                 "episodes, or frames_in_memory=False."

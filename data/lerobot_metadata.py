@@ -52,6 +52,8 @@ def read_info(root: Path) -> dict:
     ]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}. Download the file again.")
+    if info["fps"] <= 0:
+        raise ValueError(f"{path} has fps {info['fps']}; it must be positive. Download the file again.")
     return info
 
 

@@ -235,7 +235,6 @@ class MetaWorldEnv:
         # Shadow maps and multisampling are nine tenths of the cost on a CPU; the renderer reads both when it is made.
         model.vis.quality.shadowsize = 0
         model.vis.quality.offsamples = 0
-        self._without_arm = _hide_arm(self._mujoco, model)
         self._geom_names = [_geom_object(model, geom) for geom in range(model.ngeom)]
         self._site_names = [_site_object(model, site) for site in range(model.nsite)]
 
@@ -393,9 +392,7 @@ class MetaWorldEnv:
     def _aimed_renderer(self, camera: str, size: int | None):
         """The renderer of a size with the scene as it is now; the size defaults to `image_size`."""
         renderer = self._renderer(self.image_size if size is None else size)
-        name = self._simulator_camera(camera)
-        option = self._without_arm if name == CAMERAS["wrist"] else None
-        renderer.update_scene(self._env.data, camera=name, scene_option=option)
+        renderer.update_scene(self._env.data, camera=self._simulator_camera(camera))
         return renderer
 
     def _renderer(self, size: int):
@@ -436,25 +433,6 @@ def _make_env(task: str):
     env._freeze_rand_vec = False
     env.seeded_rand_vec = True
     return env
-
-
-def _hide_arm(mujoco: ModuleType, model):
-    """Rendering options that leave out the arm, which the wrist camera never sees: same pixels in a quarter of the time.
-
-    The arm's 60,000 triangles get a visual group of their own, which the default options still draw.
-    """
-    arm_group = 2
-    base, hand = model.body("base").id, model.body("hand").id
-    for geom in range(model.ngeom):
-        ancestors, body = set(), int(model.geom_bodyid[geom])
-        while body:
-            ancestors.add(body)
-            body = int(model.body_parentid[body])
-        if base in ancestors and hand not in ancestors and model.geom_group[geom] < arm_group:
-            model.geom_group[geom] = arm_group
-    option = mujoco.MjvOption()
-    option.geomgroup[arm_group] = 0
-    return option
 
 
 def _make_expert(task: str):

@@ -495,6 +495,7 @@ def test_json_round_trip_keeps_the_camera_order():
         ({"statistics": {"action": {"q01": [0] * 10}}}, "q01 and q99 are needed.*wallvla stats"),
         ({"statistics": {"action": {"q01": [0] * 7, "q99": [1] * 7}}}, "q01 of 7 numbers for 10 channels"),
         ({"statistics": {"state": {"q01": [0] * 10, "q99": [np.nan] * 10}}}, "must be there and finite"),
+        ({"statistics": {"state": {"q01": [1] * 10, "q99": [0] * 10}}}, "state statistics with q99 below q01"),
     ],
 )
 def test_contradicting_fields(changes, message):

@@ -1,6 +1,7 @@
 """The data room: LeRobot reading and writing, statistics, multimodal files, mixtures, collation."""
 
 import json
+import multiprocessing
 import pickle
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from torch.utils.data import DataLoader
+from transformers import Qwen2Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from wallvla.action_space_wallvla import Embodiment
 from wallvla.data.collator import Collator
@@ -17,6 +20,7 @@ from wallvla.data.lerobot_writer import ImageHistogram, LeRobotWriter
 from wallvla.data.mixture import CoTrainingMixture, compose, drop_state, random_shift
 from wallvla.data.multimodal import MultimodalDataset, MultimodalWriter
 from wallvla.data.statistics import compute_statistics
+from wallvla.processing_wallvla import WallVLAProcessor
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -202,7 +206,7 @@ def test_frames_in_memory_equals_decoding(video_root):
 
 def test_frames_in_memory_checks_the_memory_first(video_root, monkeypatch):
     monkeypatch.setattr("wallvla.data.lerobot._free_memory_bytes", lambda: 1000)
-    with pytest.raises(MemoryError, match="frames_in_memory needs .* GiB"):
+    with pytest.raises(ValueError, match="frames_in_memory needs .* GiB"):
         read(video_root, frames_in_memory=True)
 
 
@@ -234,11 +238,11 @@ def test_indices_behave_like_those_of_a_list(video_root):
         dataset[42]
 
 
-@pytest.mark.parametrize(("context", "use_videos"), [("fork", True), ("fork", False), ("spawn", True)])
-def test_data_loader_workers_read_the_same(tmp_path, episodes, use_videos, context):
+@pytest.mark.parametrize("use_videos", [True, False])
+def test_data_loader_workers_read_the_same(tmp_path, episodes, use_videos):
     dataset = read(write(tmp_path / "dataset", episodes, use_videos=use_videos))
-    dataset[20]  # the parent has its files open, in the middle, when the workers start
-    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=context, collate_fn=as_is)
+    dataset[20]  # the parent has its files open, in the middle, when the workers are forked
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", collate_fn=dict)
     for index, sample in enumerate(loader):
         assert sample["dataset_index"] == index
         for c, camera in enumerate(CAMERAS):
@@ -246,9 +250,12 @@ def test_data_loader_workers_read_the_same(tmp_path, episodes, use_videos, conte
     assert decoded_number(dataset[21]["images"][CAMERAS[0]]) == (21, 0)
 
 
-def as_is(sample):
-    """Keeps numpy arrays; at module level, so that spawned workers can unpickle it."""
-    return sample
+def test_a_spawned_process_reads_the_same(video_root):
+    dataset = read(video_root)
+    dataset[20]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        sample = pool.apply(dataset.__getitem__, (21,))
+    np.testing.assert_equal(sample, dataset[21])
 
 
 def test_a_dataset_survives_pickling(video_root):
@@ -559,6 +566,7 @@ def change_info(root: Path, **changes):
         ({"total_frames": 43}, "says 3 episodes and 43 frames"),
         ({"codebase_version": "v1.6"}, "is in LeRobot format v1.6; this reader supports"),
         ({"fps": None}, "lacks fps"),
+        ({"fps": 0}, "has fps 0; it must be positive"),
         ({"fps": 19}, "episode 1 has 23 rows, but its .* video spans 1.1500 s, which is 21.85 frames at 19 fps"),
         ({"video_path": None}, "has no video_path, but declares videos"),
     ],
@@ -645,7 +653,7 @@ def test_broken_image(tmp_path, episodes):
 
 def test_unknown_task_index(damaged):
     rewrite_data(damaged, lambda frame: frame.assign(task_index=frame["task_index"] + 1))
-    with pytest.raises(ValueError, match=r"use task_index \[2\], but meta/tasks.parquet only has \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"use task_index \[2\], but the list of tasks in meta/ only has \[0, 1\]"):
         read(damaged)
 
 
@@ -874,7 +882,7 @@ def test_workers_and_augmentation_do_not_change_the_draws(video_root, tmp_path):
     )  # fmt: skip
     expected = [mixture[i] for i in range(40)]
     for workers in (1, 2):
-        loader = DataLoader(mixture, batch_size=None, num_workers=workers, collate_fn=as_is)
+        loader = DataLoader(mixture, batch_size=None, num_workers=workers, collate_fn=dict)
         for found, sample in zip(loader, expected, strict=True):
             np.testing.assert_equal(found, sample)
     hidden = [sample["state_is_dropped"] for sample in expected if "instruction" in sample]
@@ -957,3 +965,39 @@ def test_collator_names_the_sample_that_fails():
         collate(samples)
     with pytest.raises(ValueError, match=r"Batch of 2 samples \(action, embodiment robot; multimodal\): kinds differ"):
         collate(numbered(1, "action") + numbered(1, "multimodal"))
+
+
+def test_from_disk_to_a_batch_and_back(video_root, tmp_path):
+    layouts = {"state_layout": [["native", 5]], "action_layout": [["native", 3]]}
+    robot = {
+        "cameras": dict.fromkeys(CAMERAS, "view"),
+        "control_frequency": FPS,
+        "action_horizon": 4,
+        **layouts,
+    }
+    dataset = read(video_root, frames_in_memory=True)
+    statistics = compute_statistics(dataset, Embodiment.from_dict(robot), progress=False)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(["Where is the cup? user assistant"], vocab_size=300)
+    names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
+    processor = WallVLAProcessor(
+        Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, min_pixels=64, max_pixels=64 * 64),
+        tokenizer, {"robot": Embodiment.from_dict(robot | {"statistics": statistics})}, action_dim=6, action_horizon=5,
+    )  # fmt: skip
+    questions = MultimodalDataset(write_multimodal(tmp_path / "vqa.parquet", 5))
+    mixture = CoTrainingMixture(dataset, questions, multimodal_fraction=0.25, augment=random_shift(2), length=40)
+    for batch, first in zip(
+        DataLoader(mixture, batch_size=8, collate_fn=Collator(processor)), range(0, 40, 8), strict=True
+    ):
+        assert batch["actions"].shape == batch["action_mask"].shape == (8, 5, 6)
+        for row in range(8):
+            source, index = mixture.locate(first + row)
+            assert batch["action_mask"][row].any() == (source == "action")
+            assert (batch["labels"][row] != -100).any() == (source == "multimodal")
+            if source == "multimodal":
+                continue
+            chunk, is_pad = (values[0] for values in dataset.action_chunks(np.array([index])))
+            found = processor.decode_actions(batch["actions"][row].numpy(), embodiment="robot")
+            clipped = np.clip(chunk, statistics["action"]["q01"], statistics["action"]["q99"])
+            np.testing.assert_allclose(found[~is_pad], clipped[~is_pad], atol=1e-5)
+            assert batch["action_mask"][row].sum() == 3 * (~is_pad).sum()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from wallvla.flow_matching_wallvla import (
     action_from_velocity,
     euler_step,
@@ -35,7 +36,9 @@ def test_path_starts_at_noise_and_ends_at_the_action(path):
 def test_velocity_is_the_derivative_of_the_path(path):
     actions, noise, time = path
     time.requires_grad_(True)
-    derivative = torch.autograd.functional.jvp(lambda t: interpolate(actions, noise, t), time, torch.ones_like(time))[1]
+    derivative = torch.autograd.functional.jvp(lambda t: interpolate(actions, noise, t), time, torch.ones_like(time))[
+        1
+    ]
     torch.testing.assert_close(derivative, velocity_of(actions, noise))
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import ACTION_START, tiny_actions, tiny_batch, tiny_config, tiny_model
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
+
 from wallvla.configuration_wallvla import WallVLAConfig
 from wallvla.flow_matching_wallvla import action_from_velocity, euler_step, interpolate, time_grid
 from wallvla.modeling_wallvla import WallVLAForConditionalGeneration

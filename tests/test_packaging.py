@@ -15,6 +15,7 @@ import pytest
 from transformers.dynamic_module_utils import check_imports, get_imports
 
 import wallvla
+from wallvla import cli
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "action_codec_wallvla": {"configuration_wallvla"},
     "processing_wallvla": {"action_space_wallvla"},
     "data": {"action_space_wallvla"},
-    "trainers": MODEL | {"data"},
+    "trainers": MODEL | {"action_space_wallvla", "data"},
     "inference": MODEL,
     "evaluation": set(),
     "serving": MODEL | {"processing_wallvla", "inference"},
@@ -202,6 +203,32 @@ def test_exceptions_are_named(path):
         caught = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
         names = {node.id if isinstance(node, ast.Name) else ast.dump(node) if node else None for node in caught}
         assert not names & broad, f"{path.name}:{handler.lineno}"
+
+
+# The command line
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_command_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    options, example = text.split("example:")
+    assert example.strip().startswith(f"wallvla {command} ")
+    assert "--config" in options
+    for option in re.findall(r"--[\w-]+", example):
+        assert option in options.replace("_", "-"), f"the example uses {option}, which the command does not have"
+
+
+def test_command_without_arguments_lists_all_commands(capsys):
+    cli.main([])
+    text = capsys.readouterr().out
+    assert all(f"  {command} " in text for command in cli.COMMANDS)
+
+
+def test_unknown_command_names_the_known_ones():
+    with pytest.raises(SystemExit, match="unknown command 'trian'.*quickstart.*train"):
+        cli.main(["trian"])
 
 
 # The installed package

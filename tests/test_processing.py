@@ -211,6 +211,12 @@ def test_labels_continue_the_tokens_of_the_prompt(processor):
     assert (dialogue["labels"][0, :length] == -100).all() and (dialogue["labels"][0, length:-1] != -100).all()
 
 
+def test_only_multimodal_samples_have_answers(processor):
+    """Flow tokens follow the prompt of an action sample directly."""
+    batch = processor.encode([native_sample(answer="the bowl")])
+    assert "labels" not in batch and torch.equal(batch["input_ids"], processor.encode([native_sample()])["input_ids"])
+
+
 def test_text_without_images(processor):
     batch = processor.encode([text_sample(images=0)])
     assert "pixel_values" not in batch and not batch["mm_token_type_ids"].any()

@@ -1,6 +1,7 @@
 """Tiny random models and batches that several test files share. CPU, milliseconds."""
 
 import torch
+
 from wallvla.configuration_wallvla import WallVLAConfig
 from wallvla.modeling_wallvla import WallVLAForConditionalGeneration
 

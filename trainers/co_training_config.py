@@ -32,4 +32,3 @@ class CoTrainingConfig(TrainingArguments):
     train_sampling_strategy: str = field(
         default="sequential", metadata={"help": "The mixture is already shuffled: keep its order."}
     )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Loggers, such as tensorboard."})

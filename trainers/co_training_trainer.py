@@ -129,9 +129,10 @@ class CoTrainingTrainer(Trainer):
         sums = torch.zeros(3, device=counts.device)
         loss = torch.zeros((), device=counts.device)
         for i, (name, weight) in enumerate(zip(LOSS_NAMES, weights, strict=True)):
-            if outputs[name] is not None:
-                loss = loss + weight * shares[i] * outputs[name]
-                sums[i] = outputs[name].detach() * counts[i]
+            value = outputs.get(name)
+            if value is not None:
+                loss = loss + weight * shares[i] * value
+                sums[i] = value.detach() * counts[i]
         mode = "train" if model.training else "eval"
         self._metrics[mode] = self._metrics[mode].to(counts.device) + torch.stack([sums, counts])
         return (loss, outputs) if return_outputs else loss
@@ -147,10 +148,20 @@ class CoTrainingTrainer(Trainer):
         broken = {k: v for k, v in logs.items() if k.endswith("loss") and not math.isfinite(v)}
         if broken:
             raise FloatingPointError(
-                f"The loss is not finite at step {self.state.global_step}: {broken}. Lower the learning rate "
-                f"({self.args.learning_rate}), look at the batch for extreme actions, or resume from the last checkpoint."
+                f"The loss is not finite at step {self.state.global_step}: {broken}. Lower the learning rate (it is "
+                f"{self.args.learning_rate}), look at the data for extreme actions, or go on from the last checkpoint."
             )
         super().log(logs, start_time)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Refuses to go on from a checkpoint that does not match; the parent class only warns."""
+        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint to resume from does not match the model: {len(missing)} missing "
+                f"{sorted(missing)[:8]}, {len(load_result.unexpected_keys)} unexpected "
+                f"{sorted(load_result.unexpected_keys)[:8]}. Resume with the code and the config that wrote it."
+            )
 
     def evaluation_loop(self, *args, **kwargs):
         self._draws = 0

@@ -1,0 +1,220 @@
+"""The `wallvla` command. Each subcommand parses its options and calls one function of the library."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+EXAMPLES = {
+    "quickstart": "wallvla quickstart --output runs/quickstart",
+    "train": "wallvla train --config examples/finetune_lerobot.yaml --dataset path/to/dataset",
+    "eval": "wallvla eval runs/quickstart/hub --env metaworld/button-press-topdown-v3 --episodes 50",
+    "sample": "wallvla sample runs/quickstart/hub --dataset runs/quickstart/dataset --index 100",
+    "stats": "wallvla stats runs/quickstart/dataset --output robot.json",
+}
+SUMMARIES = {
+    "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
+    "train": "co-train a checkpoint on a LeRobot dataset",
+    "eval": "success rate of a checkpoint in a simulator, with 95% intervals",
+    "sample": "one action chunk for a recorded observation, or the answer to a question about an image",
+    "stats": "normalisation statistics of a dataset, as an embodiment file",
+}
+
+
+def _finish(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
+    """What all commands share: the example below the help, and `--config`."""
+    parser.prog = f"wallvla {name}"
+    parser.description = SUMMARIES[name]
+    parser.epilog = f"example:\n  {EXAMPLES[name]}"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the same options; the command line wins")
+    return parser
+
+
+def _read_config(parser: argparse.ArgumentParser, arguments: list[str]) -> list[str]:
+    """Makes the values of `--config FILE` the defaults of the parser. Returns the other arguments."""
+    finder = argparse.ArgumentParser(add_help=False)
+    finder.add_argument("--config")
+    found, rest = finder.parse_known_args(arguments)
+    if found.config is None:
+        return rest
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(found.config).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"cannot read --config {found.config}: {error}")
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    if not isinstance(values, dict) or not set(values) <= set(known):
+        unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else values
+        parser.error(f"{found.config} has unknown options {unknown}; this command has: {', '.join(sorted(known))}")
+    for name, value in values.items():
+        known[name].default, known[name].required = value, False
+        if not known[name].option_strings:
+            known[name].nargs = "?"
+    return rest
+
+
+def _quickstart(arguments: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from .quickstart import QuickstartConfig, quickstart
+
+    parser = _finish(HfArgumentParser(QuickstartConfig), "quickstart")
+    (config,) = parser.parse_args_into_dataclasses(_read_config(parser, arguments))
+    quickstart(config)
+
+
+def _train(arguments: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from . import register_auto_classes
+    from .trainers.co_training_config import CoTrainingConfig
+    from .trainers.fine_tuning import FineTuningArguments, fine_tune
+
+    parser = _finish(HfArgumentParser((FineTuningArguments, CoTrainingConfig)), "train")
+    options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))
+    register_auto_classes()
+    print(f"wrote {fine_tune(options, args)}")
+
+
+def _eval(arguments: list[str]) -> None:
+    from .evaluation.closed_loop import closed_loop_spec, evaluate, format_summary
+    from .evaluation.metaworld import CONTROL_FREQUENCY
+
+    parser = _finish(argparse.ArgumentParser(), "eval")
+    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument("--env", nargs="+", required=True, help="metaworld/TASK, one or more")
+    parser.add_argument("--embodiment", default="metaworld_sawyer", help="robot of the checkpoint")
+    parser.add_argument("--episodes", type=int, default=50, help="episodes of each task")
+    parser.add_argument("--execute-steps", type=int, default=4, help="actions of a chunk before the next observation")
+    parser.add_argument(
+        "--max-steps", type=int, default=200, help=f"steps of an episode, {CONTROL_FREQUENCY} a second"
+    )
+    parser.add_argument("--image-size", type=int, default=64, help="pixels of a camera image")
+    parser.add_argument("--num-inference-steps", type=int, help="Euler steps; default: the checkpoint's own")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--num-processes", type=int, default=2)
+    parser.add_argument("--baselines", action="store_true", help="also the scripted expert and a random policy")
+    parser.add_argument("--videos", type=int, default=0, help="videos of each task")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the checkpoint's own code instead of the installed one"
+    )
+    parser.add_argument("--output", help="folder of the results; default: runs/eval-NAME")
+    options = parser.parse_args(_read_config(parser, arguments))
+    tasks = []
+    for name in options.env:
+        family, _, task = name.partition("/")
+        if family != "metaworld" or not task:
+            parser.error(f"--env {name}: only metaworld/TASK is known, for instance metaworld/reach-v3")
+        tasks.append(task)
+    path = str(Path(options.path).resolve()) if Path(options.path).is_dir() else options.path
+    checkpoint = {"kind": "hub", "path": path, "embodiment": options.embodiment, "device": options.device}
+    policies = {"policy": {**checkpoint, "num_inference_steps": options.num_inference_steps}}
+    if options.baselines:
+        policies |= {"scripted expert": {"kind": "expert"}, "random policy": {"kind": "random"}}
+    spec = closed_loop_spec(
+        policies,
+        tasks,
+        options.episodes,
+        image_size=options.image_size,
+        execute_steps=options.execute_steps,
+        max_steps=options.max_steps,
+        videos_per_task=options.videos,
+        trust_remote_code=options.trust_remote_code,
+    )
+    output = Path(options.output or f"runs/eval-{Path(path).name}")
+    print(format_summary(evaluate(spec, output, options.num_processes)["summary"]))
+    print(f"wrote {output / 'results.json'}")
+
+
+def _sample(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "sample")
+    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument("--dataset", help="LeRobot dataset to take an observation from")
+    parser.add_argument("--index", type=int, default=0, help="frame of the dataset")
+    parser.add_argument("--embodiment", help="robot of the checkpoint; default: its only one")
+    parser.add_argument("--image", help="picture to ask about")
+    parser.add_argument("--text", help="question about the picture")
+    parser.add_argument("--num-inference-steps", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(_read_config(parser, arguments))
+    if (options.dataset is None) == (options.image is None) or (options.image is None) != (options.text is None):
+        parser.error("give either --dataset, or --image together with --text")
+    from . import register_auto_classes
+    from .evaluation.sampling import answer_question, sample_chunk
+
+    register_auto_classes()
+    if options.dataset is None:
+        print(json.dumps(answer_question(options.path, options.image, options.text), indent=2))
+        return
+    from transformers import AutoProcessor
+
+    from .data.lerobot import LeRobotDataset
+
+    robots = AutoProcessor.from_pretrained(options.path).embodiments
+    name = options.embodiment or next(iter(robots))
+    if name not in robots:
+        parser.error(f"--embodiment {name}: the checkpoint knows {', '.join(robots)}")
+    dataset = LeRobotDataset(
+        options.dataset,
+        embodiment=name,
+        cameras=list(robots[name].cameras),
+        action_horizon=robots[name].action_horizon,
+    )
+    print(sample_chunk(options.path, dataset[options.index], options.num_inference_steps, options.seed))
+
+
+def _stats(arguments: list[str]) -> None:
+    from .action_space_wallvla import Embodiment
+    from .data.lerobot import LeRobotDataset
+    from .data.statistics import compute_statistics
+    from .trainers.fine_tuning import native_embodiment
+
+    parser = _finish(argparse.ArgumentParser(), "stats")
+    parser.add_argument("dataset", help="LeRobot dataset folder")
+    parser.add_argument("--embodiment-file", help="JSON of the robot; default: its vectors as they are (native)")
+    parser.add_argument("--action-horizon", type=int, default=32, help="steps of a chunk, without --embodiment-file")
+    parser.add_argument("--output", help="JSON file to write; default: print the statistics")
+    options = parser.parse_args(_read_config(parser, arguments))
+    embodiment, horizon = None, options.action_horizon
+    if options.embodiment_file:
+        embodiment = Embodiment.from_dict(json.loads(Path(options.embodiment_file).read_text()))
+        horizon = embodiment.action_horizon
+    dataset = LeRobotDataset(options.dataset, embodiment="robot", action_horizon=horizon)
+    embodiment = embodiment or native_embodiment(dataset, horizon)
+    values = embodiment.to_dict() | {"statistics": compute_statistics(dataset, embodiment)}
+    if options.output is None:
+        print(json.dumps(values["statistics"], indent=2))
+        return
+    Path(options.output).write_text(json.dumps(values, indent=2) + "\n")
+    print(f"wrote {options.output}")
+
+
+COMMANDS = {"quickstart": _quickstart, "train": _train, "eval": _eval, "sample": _sample, "stats": _stats}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `wallvla` command. Errors of the user's input end in one message and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:<12}{SUMMARIES[name]}" for name in COMMANDS]
+        print("usage: wallvla COMMAND [options]\n\n" + "\n".join(lines) + "\n\nexample:\n  wallvla quickstart")
+        print("\n`wallvla COMMAND --help` shows the options of a command and an example.")
+        return
+    if arguments[0] not in COMMANDS:
+        sys.exit(f"wallvla: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}.")
+    try:
+        COMMANDS[arguments[0]](arguments[1:])
+    except (ValueError, OSError) as error:
+        print(f"wallvla {arguments[0]}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(
+            f"wallvla {arguments[0]}: interrupted; what is complete stays, and the same command goes on from there."
+        )
+
+
+if __name__ == "__main__":
+    main()
