@@ -62,8 +62,7 @@ def _quickstart(arguments: list[str]) -> None:
     from .quickstart import QuickstartConfig, quickstart
 
     parser = _finish(HfArgumentParser(QuickstartConfig), "quickstart")
-    (config,) = parser.parse_args_into_dataclasses(_read_config(parser, arguments))
-    quickstart(config)
+    quickstart(parser.parse_args_into_dataclasses(_read_config(parser, arguments))[0])
 
 
 def _train(arguments: list[str]) -> None:
@@ -74,7 +73,7 @@ def _train(arguments: list[str]) -> None:
     from .trainers.fine_tuning import FineTuningArguments, fine_tune
 
     parser = _finish(HfArgumentParser((FineTuningArguments, CoTrainingConfig)), "train")
-    options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))
+    options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:2]
     register_auto_classes()
     print(f"wrote {fine_tune(options, args)}")
 

@@ -62,11 +62,12 @@ EMBODIMENT = "metaworld_sawyer"
 DEFAULT_TASKS = ("button-press-topdown-v3", "window-close-v3", "drawer-open-v3")
 # Held-out demonstrations of the open-loop plot: seeds that neither training nor closed-loop evaluation uses
 OPEN_LOOP_SEED = 90_000
+OPTIONS_FILE = "quickstart.json"  # marks a folder as a run of ours, which --overwrite may delete
 
 
 @dataclass
 class QuickstartConfig:
-    """Options of `quickstart`. `output` is the run folder; the other fields are written to `config.json` in it."""
+    """Options of `quickstart`. `output` is the run folder; the other fields are written to `quickstart.json` in it."""
 
     output: str = "runs/quickstart"
     task: list[str] = dataclasses.field(default_factory=lambda: list(DEFAULT_TASKS))
@@ -130,10 +131,10 @@ def _prepare_folder(config: QuickstartConfig) -> Path:
     options = {
         name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "overwrite")
     }
-    if config.overwrite and (folder / "config.json").exists():
+    if config.overwrite and (folder / OPTIONS_FILE).exists():
         shutil.rmtree(folder)
-    if (folder / "config.json").exists():
-        found = json.loads((folder / "config.json").read_text())
+    if (folder / OPTIONS_FILE).exists():
+        found = json.loads((folder / OPTIONS_FILE).read_text())
         differing = {name: (found.get(name), value) for name, value in options.items() if found.get(name) != value}
         if differing:
             raise FileExistsError(
@@ -148,7 +149,7 @@ def _prepare_folder(config: QuickstartConfig) -> Path:
     elif folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no quickstart run. Choose another --output.")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", options)
+    _write_json(folder / OPTIONS_FILE, options)
     return folder
 
 
@@ -460,7 +461,7 @@ def write_report(config: QuickstartConfig, folder: Path, seconds: dict) -> dict:
     for name in ("point_in_object", "point_in_object_when_swapped"):
         if grounding[name] is not None:
             print(f"  {name}: " + "{rate:.0%} [{low:.0%}, {high:.0%}]".format(**grounding[name]))
-    summary = {"config": json.loads((folder / "config.json").read_text()), "seconds": seconds, **evaluation}
+    summary = {"config": json.loads((folder / OPTIONS_FILE).read_text()), "seconds": seconds, **evaluation}
     _write_json(report / "summary.json", summary)
     return summary
 

@@ -74,6 +74,11 @@ def generate_answers(
     return answers
 
 
+def generate_answer(model, processor, image: np.ndarray, prompt: str, max_new_tokens: int = 48) -> str:
+    """The model's greedy answer to a question about one image; see `generate_answers`."""
+    return generate_answers(model, processor, [image], [prompt], max_new_tokens)[0]
+
+
 def parse_answer(processor, text: str, image: np.ndarray) -> tuple[tuple[float, float] | None, Box | None]:
     """The first point and the first box of an answer, in pixels of `image`; a box also gives its centre as point."""
     points, boxes = processor.parse_grounding(text, image_size=(image.shape[1], image.shape[0]))

@@ -147,7 +147,7 @@ class WorkerPool:
             self._raise_stopped(worker)
 
     def _raise_stopped(self, worker: int) -> None:
-        self._keep_scratch = True
+        self._keep_scratch = self.log_dir.parent == self._scratch
         try:
             code = self._processes[worker].wait(timeout=5)
         except subprocess.TimeoutExpired:
