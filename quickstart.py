@@ -55,7 +55,7 @@ from .evaluation.policy import HubPolicy
 from .modeling_wallvla import WallVLAForConditionalGeneration
 from .processing_wallvla import WallVLAProcessor
 from .trainers.co_training_config import CoTrainingConfig
-from .trainers.co_training_trainer import CoTrainingTrainer
+from .trainers.co_training_trainer import LOSS_NAMES, CoTrainingTrainer
 
 
 EMBODIMENT = "metaworld_sawyer"
@@ -450,7 +450,8 @@ def write_report(config: QuickstartConfig, folder: Path, seconds: dict) -> dict:
     evaluation = json.loads((folder / "evaluation" / "summary.json").read_text())
     losses = json.loads((folder / "losses.json").read_text())
     report = folder / "report"
-    plot_losses(losses, report / "losses.png")
+    names = [name for name in ("loss", *LOSS_NAMES) if any(name in entry for entry in losses)]
+    plot_losses(losses, report / "losses.png", names)
     # Failures come first in the list; a first look wants a success, and the folder keeps them all
     shutil.copyfile(evaluation["videos"][-1], report / "rollout.mp4")
     write_model_card(folder / "hub", config, evaluation)
