@@ -204,9 +204,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if arguments[0] not in COMMANDS:
         sys.exit(f"wallvla: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}.")
+    from .evaluation.workers import WorkerError
+
     try:
         COMMANDS[arguments[0]](arguments[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, WorkerError) as error:
         print(f"wallvla {arguments[0]}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
