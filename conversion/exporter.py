@@ -1,5 +1,6 @@
-"""`export`: a repository of this layout becomes a checkpoint in the published Wall-OSS layout, the inverse of `convert`."""
+"""`export`: a repository of this layout becomes a checkpoint in the published layout; the inverse of `convert`."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,13 +11,14 @@ import numpy as np
 import torch
 import yaml
 from tqdm import tqdm
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ..action_space_wallvla import Embodiment
 from ..configuration_wallvla import WallVLAConfig
 from ..processing_wallvla import WallVLAProcessor
 from .converter import PUBLISHED, REPORT, TABLES, check_space, corner, in_folder, our_parameters
 from .layouts import NORMALIZER, Entry, Piece, WallLayout, compare, wall_entries
-from .published import CANONICAL_DOF
+from .published import CANONICAL_DOF, load_tokenizer
 from .tensor_files import (
     DTYPES,
     TensorInfo,
@@ -56,7 +58,7 @@ def export(
     if not (source / "config.json").exists() or read_json(source / "config.json").get("model_type") != "wallvla":
         raise ValueError(f"{source} is no repository of this package. `wallvla inspect` says what it is.")
     config = WallVLAConfig.from_pretrained(source, local_files_only=True)
-    processor = WallVLAProcessor.from_pretrained(source, local_files_only=True)
+    processor = load_processor(source)
     tensors = read_headers(source)
     ours = [Entry(name, shape, (Piece(name, 0, shape),)) for name, shape in our_parameters(config).items()]
     compare(ours, tensors)
@@ -94,6 +96,15 @@ def export(
         return output
 
     return in_folder(folder, output, work, show_progress)
+
+
+def load_processor(folder: Path) -> WallVLAProcessor:
+    """The processor of a folder, by its own classes: the Auto classes would ask before they run code of the folder."""
+    values = read_json(folder / "processor_config.json")
+    names = inspect.signature(WallVLAProcessor.__init__).parameters
+    fields = {name: value for name, value in values.items() if name in names and name != "image_processor"}
+    image_processor = Qwen2VLImageProcessorPil.from_dict(values["image_processor"])
+    return WallVLAProcessor(image_processor, load_tokenizer(folder), **fields)
 
 
 def default_layout(config: WallVLAConfig) -> WallLayout:
@@ -192,8 +203,10 @@ def write_files(
     for kind in ("action", "propri"):
         prefix = f"{layout.prefix}{NORMALIZER}{kind}."
         content = {key.removeprefix(prefix): values for key, values in tables.items() if key.startswith(prefix)}
-        if content and not (folder / f"normalizer_{kind}.pth").exists():
-            torch.save(content, folder / f"normalizer_{kind}.pth")
+        path = folder / f"normalizer_{kind}.pth"
+        known = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        if set(content) - set(known):
+            torch.save(content | known, path)
 
 
 def upstream_dof(processor: WallVLAProcessor) -> dict[str, int]:
@@ -210,9 +223,7 @@ def upstream_config(config: WallVLAConfig, layout: WallLayout) -> dict:
     vlm, expert = config.vlm_config, config.action_expert
     text, vision = vlm.text_config, vlm.vision_config
     if config.prediction != "velocity":
-        raise ValueError(
-            "Upstream's networks predict the velocity; this one predicts the action and cannot be exported."
-        )
+        raise ValueError("Upstream's networks predict the velocity; this one predicts the action: no export.")
     sizes = (
         "hidden_size",
         "intermediate_size",

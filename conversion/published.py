@@ -21,8 +21,8 @@ from .tensor_files import TensorInfo, read_headers, read_json, read_tensor
 
 
 SUPPORTED = (
-    "Supported: Wall-OSS-0.5 (also LeRobot's port), wall-oss-flow-0.1, Qwen2.5-VL of any size. docs/checkpoints.md has "
-    "the command for each."
+    "Supported: Wall-OSS-0.5 (also LeRobot's port), wall-oss-flow-0.1, Qwen2.5-VL of any size. docs/checkpoints.md "
+    "has the command for each."
 )
 FILES = ["*.json", "*.safetensors", "*.pth", "*.yml", "*.yaml", "*.txt", "*.jinja", "*.model"]
 # Tables of a few hundred numbers; anything larger is no normaliser
@@ -474,13 +474,23 @@ def build_embodiments(
     if cameras is None:
         names = from_recipe(recipe, "data.resolution") or CAMERA_LABELS
         cameras = {f"observation.images.{name}": name for name in names}
+        if not given:
+            checkpoint.notes.append(
+                f"cameras {', '.join(names)}, in the order of {'config.yml' if recipe.get('data') else 'upstream'}; "
+                "--embodiment NAME=FILE describes the robot"
+            )
+    if actions and not given:
+        checkpoint.notes.append(
+            f"control_frequency {config.action_horizon}: the chunk of {config.action_horizon} steps lasts one second, "
+            "as in the report; reference_frame absolute, that is, actions are taken as they are"
+        )
     labels = {key: CAMERA_LABELS.get(name, str(name).replace("_", " ")) for key, name in cameras.items()}
     embodiments = {}
     for name, file in wanted.items():
         if name not in actions and not file:
             raise ValueError(
-                f"--embodiment {name}: the checkpoint has no table of that name. It has {', '.join(actions) or 'none'}; "
-                f"describe another robot with --embodiment {name}=FILE."
+                f"--embodiment {name}: the checkpoint has no table of that name. It has "
+                f"{', '.join(actions) or 'none'}; describe another robot with --embodiment {name}=FILE."
             )
         if file:
             values = read_json(Path(file))
@@ -525,8 +535,8 @@ def build_processor(
         state_bins = 512 if is_wall else 256
         if is_wall and config.proprioception == "text":
             notes.append(
-                "state_bins 512: as in LeRobot's port, which reports equal outputs; upstream's loader says 256 and the "
-                "checkpoint says nothing. --state-bins changes it"
+                "state_bins 512: as in LeRobot's port, which reports equal outputs; upstream's loader says 256 and "
+                "the checkpoint says nothing. --state-bins changes it"
             )
     sizes = from_recipe(recipe, "data.resolution") or {}
     longest_side = longest_side or max((side for side in sizes.values() if side and side > 0), default=448)

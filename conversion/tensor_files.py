@@ -1,6 +1,6 @@
 """safetensors files, one tensor in memory at a time: headers, reading by key, writing by stream.
 
-The format: 8 bytes little endian, the size of a JSON header; the header {name: {dtype, shape, data_offsets}}; the data.
+The format: 8 bytes little endian, the size of a JSON header; {name: {dtype, shape, data_offsets}}; the data.
 Headers are checked before anything is allocated, so a damaged file is an error that names the tensor.
 """
 

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "action_codec_wallvla": {"configuration_wallvla"},
     "processing_wallvla": {"action_space_wallvla"},
     "data": {"action_space_wallvla"},
+    "conversion": {"configuration_wallvla", "action_space_wallvla", "modeling_wallvla", "processing_wallvla"},
     "trainers": MODEL | {"action_space_wallvla", "data"},
     "inference": MODEL,
     "evaluation": set(),
