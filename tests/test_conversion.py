@@ -10,6 +10,7 @@ import numpy as np
 import published
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -660,3 +661,18 @@ def test_inspect_reads_no_weights(source, monkeypatch):
     parts = inspect(str(source))["parts"]
     weights = load_file(source / "model.safetensors")
     assert sum(parts.values()) == sum(values.numel() for values in weights.values())
+
+
+def test_two_resizes_are_not_one(converted):
+    """The published way: uint8 between two resizes. What a single resize to the same size would change."""
+    processor = load_processor(converted)
+    processor.longest_side, processor.image_processor.patch_size = 448, 14
+    processor.image_processor.size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16384 * 28 * 28}
+    noise = np.random.default_rng(0).integers(0, 256, (31, 54, 3), dtype=np.uint8)
+    for size, first, last in (((848, 480), (448, 253), (448, 252)), ((640, 480), (448, 336), (448, 336))):
+        picture = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+        assert processor.resized_size(size) == last
+        two = np.asarray(picture.resize(first).resize(last, Image.Resampling.BICUBIC)).astype(int)
+        one = np.asarray(picture.resize(last, Image.Resampling.BICUBIC)).astype(int)
+        assert np.array_equal(processor._resized(picture), two)
+        assert (np.abs(two - one).mean() > 0.01) == (first != last)
