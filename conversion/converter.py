@@ -57,6 +57,7 @@ from .tensor_files import (
 )
 
 
+DTYPES_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORT = "conversion_report.json"
 # What the upstream layout has and this one does not: kept as it is, for `export`
 PUBLISHED = "published"
@@ -127,12 +128,14 @@ def our_parameters(config: WallVLAConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def stays_float32(name: str) -> bool:
-    """Whether a parameter keeps its stored dtype when the others are cast: heads, and norms of both experts."""
+def stays_float32(name: str, norms_stay: bool) -> bool:
+    """Whether a parameter keeps its stored dtype when the others are cast: heads, and norms of both experts if the
+    model computes them in float32.
+    """
     parts = name.split(".")
     heads = ("action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj", "state_proj")
     norms = ("input_layernorm", "post_attention_layernorm", "norm")
-    return parts[-2] in heads or (parts[-2] in norms and not name.startswith("vlm.model.visual."))
+    return parts[-2] in heads or (norms_stay and parts[-2] in norms and not name.startswith("vlm.model.visual."))
 
 
 def make_plan(source: str, options: Options) -> Plan:
@@ -178,14 +181,11 @@ def make_plan(source: str, options: Options) -> Plan:
     infos = {}
     for name, origin in origins.items():
         dtype = "F32" if origin.key is None else tensors[origin.key].dtype
-        if not stays_float32(name) and (options.dtype != "auto" or origin.key is None):
+        if not stays_float32(name, config.norm_in_float32) and (options.dtype != "auto" or origin.key is None):
             dtype = DTYPE_NAMES[main]
         infos[name] = TensorInfo(Path(), dtype, shapes[name])
     files = shards(infos, options.max_shard_size)
     return Plan(checkpoint, config, processor, entries, table_keys, layout, origins, files, options.seed)
-
-
-DTYPES_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def find_origins(entries: list[Entry]) -> dict[str, Origin]:
@@ -193,9 +193,8 @@ def find_origins(entries: list[Entry]) -> dict[str, Origin]:
     origins = {}
     for entry in entries:
         for piece in entry.pieces:
-            is_copy = piece.target in origins  # a tied head that is stored a second time
-            if not is_copy:
-                grows = "normal" if piece.target.endswith("embed_tokens.weight") else "zeros"
+            if piece.target not in origins:  # or it is a tied head that is stored a second time
+                grows = "normal" if piece.target.endswith(("embed_tokens.weight", "lm_head.weight")) else "zeros"
                 origins[piece.target] = Origin(entry.key, piece.start, piece.shape, grows)
     return origins
 

@@ -93,6 +93,9 @@ def export(
                 write_file(folder / file, group, by_key, tables, tensors, progress)
         write_index(folder, files)
         write_files(source, folder, config, processor, layout, tables)
+        if not report.get("layout"):  # never was a Wall-OSS: the files of a bare Qwen2.5-VL do not describe it
+            content = json.dumps(upstream_config(config, layout), indent=2)
+            (folder / "config.json").write_text(content + "\n")
         return output
 
     return in_folder(folder, output, work, show_progress)
@@ -194,9 +197,6 @@ def write_files(
     for path in kept.glob("*"):
         if path.name != TABLES:
             shutil.copyfile(path, folder / path.name)
-    published = read_json(kept / "config.json") if (kept / "config.json").exists() else {}
-    if "experts" not in published and "vlm_config" not in published:
-        (folder / "config.json").write_text(json.dumps(upstream_config(config, layout), indent=2) + "\n")
     if not (folder / "config.yml").exists():
         recipe = {"task": {"action_horizon_flow": config.action_horizon, "dof_config": upstream_dof(processor)}}
         (folder / "config.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))

@@ -27,6 +27,7 @@ SUPPORTED = (
 FILES = ["*.json", "*.safetensors", "*.pth", "*.yml", "*.yaml", "*.txt", "*.jinja", "*.model"]
 # Tables of a few hundred numbers; anything larger is no normaliser
 MAX_TABLE_BYTES = 64_000_000
+MAX_LAYERS = 1000
 # Names of upstream's dof_config in the order of the canonical action, without their prefix follow_ or master_
 CANONICAL_DOF = (
     "left_ee_cartesian_pos",
@@ -138,6 +139,9 @@ def vlm_config(config: dict, vocab_size: int) -> dict:
         missing = [name for name in names if name not in found]
         if missing:
             raise ValueError(f"config.json has no {', '.join(missing)} of the {part} model. Download it again.")
+    for name, found in (("num_hidden_layers", text_source), ("depth", vision_source)):
+        if not isinstance(found[name], int) or not 0 < found[name] <= MAX_LAYERS:
+            raise ValueError(f"config.json has {name} {found[name]}; it is a number from 1 to {MAX_LAYERS}.")
     skipped = {"rope_parameters", "layer_types", "dtype", "torch_dtype"}
     text = {
         name: text_source[name]
@@ -368,6 +372,8 @@ def load_tables(checkpoint: Checkpoint, prefer: str | None = None) -> dict[str, 
                 f"{path.name} is not a table of tensors ({str(error).splitlines()[0]}). Nothing else is loaded from "
                 "pickles; download it again."
             ) from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path.name} holds a {type(content).__name__}, not a table. Download it again.")
         kind = path.stem.removeprefix("normalizer_")
         for key, values in content.items():
             _, column, dataset = split_table_key(f"{kind}.{key}", f"{key} of {path.name}")
@@ -415,9 +421,14 @@ def split_table_key(name: str, key: str) -> tuple[str, str, str]:
 
 
 def check_table(columns: dict[str, torch.Tensor], name: str) -> None:
+    """Raises ValueError if a table is not a `min` and a `delta` (channels,), finite and not below 0."""
     if set(columns) != {"min", "delta"}:
         raise ValueError(f"The {name} has only {', '.join(columns)}; it needs min and delta. Download it again.")
     low, delta = columns["min"], columns["delta"]
+    if not all(isinstance(values, torch.Tensor) and values.is_floating_point() for values in (low, delta)):
+        raise ValueError(
+            f"The {name} holds {type(low).__name__} and {type(delta).__name__}; both are tensors of floats."
+        )
     if low.ndim != 1 or low.shape != delta.shape:
         raise ValueError(f"The {name} has min {list(low.shape)} and delta {list(delta.shape)}; both are (channels,).")
     if not (low.isfinite().all() and delta.isfinite().all()) or (delta < 0).any():

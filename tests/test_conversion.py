@@ -511,6 +511,27 @@ def test_a_bare_qwen_gets_an_action_expert(tmp_path, new_names):
         convert(str(damaged), tmp_path / "damaged_output")
 
 
+def test_a_qwen_with_a_head_of_its_own(tmp_path):
+    """As the 7B has it; here both tables grow."""
+    tokens = published.tokenizer(action_tokens=0)
+    weights = published.qwen_weights(len(tokens))
+    weights["lm_head.weight"] = published.Draw(9)(len(tokens), published.HIDDEN)
+    settings = published.config(tokens, tie_word_embeddings=False)
+    source = published.write(tmp_path / "source", weights, settings, tokens)
+    convert(str(source), tmp_path / "output", Options(dtype="bfloat16"))
+    model = WallVLAForConditionalGeneration.from_pretrained(tmp_path / "output", dtype="auto")
+    head = model.vlm.lm_head.weight
+    assert head.shape[0] > len(tokens) and head is not model.get_input_embeddings().weight
+    assert torch.equal(head[: len(tokens)], weights["lm_head.weight"].bfloat16())
+    heads = {name for name, values in all_weights(tmp_path / "output").items() if values.dtype == torch.float32}
+    assert heads == {
+        f"action_expert.action_{name}.weight" for name in ("in_proj", "time_mlp_in", "time_mlp_out", "out_proj")
+    }
+    export(tmp_path / "output", tmp_path / "back")
+    convert(str(tmp_path / "back"), tmp_path / "again")
+    assert_same_bytes(all_weights(tmp_path / "again"), all_weights(tmp_path / "output"))
+
+
 def test_wall_oss_flow_01_with_a_projected_state(tmp_path):
     """Unfused, 20 channels, and proprioception through a projection that is narrower than the network."""
     tokens = published.tokenizer(action_tokens=0)
@@ -582,7 +603,8 @@ def test_the_first_generation_is_refused_with_a_way_out(source, tmp_path):
         ({"dim_inputs": [64, 64]}, r"dim_inputs \[64, 64\]"),
         ({"rope_scaling": {"type": "yarn"}}, "multi-section rope"),
         ({"hidden_size": 128}, "hidden_size 128"),
-        ({"num_hidden_layers": 3}, "28 missing|missing"),
+        ({"num_hidden_layers": 3}, "14 missing: .*model.layers.2."),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000; it is a number from 1 to 1000"),
     ],
 )
 def test_a_configuration_that_computes_something_else_is_refused(source, tmp_path, change, message):
