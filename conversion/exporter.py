@@ -69,12 +69,8 @@ def export(
         if torch.count_nonzero(weights[layout.state_rows :]):  # trained since it was converted
             layout = replace(layout, state_rows=len(weights))
     entries = wall_entries(config, layout)
-    stored = {key: found["dtype"] for key, found in report.get("source_keys", {}).items()}
     tables = published_tables(source, processor, config)
-    infos = {
-        entry.key: TensorInfo(Path(), stored.get(entry.key, tensors[entry.pieces[0].target].dtype), entry.shape)
-        for entry in entries
-    }
+    infos = {entry.key: TensorInfo(Path(), tensors[entry.pieces[0].target].dtype, entry.shape) for entry in entries}
     prefix = layout.prefix + NORMALIZER
     tables = {prefix + key.partition(NORMALIZER)[2]: values for key, values in tables.items()}
     infos |= {key: TensorInfo(Path(), "F32", tuple(values.shape)) for key, values in tables.items()}
