@@ -28,12 +28,16 @@ SUMMARIES = {
 }
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and examples on lines of their own."""
+
+
 def _finish(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
     """What all commands share: the example below the help, and `--config`."""
     parser.prog = f"wallvla {name}"
     parser.description = SUMMARIES[name]
     parser.epilog = f"example:\n  {EXAMPLES[name]}"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = _HelpFormatter
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same options; the command line wins")
     return parser
 

@@ -432,6 +432,10 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         loss = torch.zeros((), device=input_ids.device)
         if labels is not None:
             loss = loss + self._token_losses(context.last_hidden_state, labels, output)
+        else:
+            # Keeps the output of the last VL layer in the graph: there a sharded layer gathers its weights for the
+            # backward pass, which its keys and values alone would not make it do
+            loss = loss + 0.0 * context.last_hidden_state.sum()
         if actions is not None:
             loss = loss + self._flow_loss(context, actions, action_mask, noise, time, action_padding, output)
         output.loss = loss
