@@ -12,6 +12,8 @@ EXAMPLES = {
     "eval": "wallvla eval runs/quickstart/hub --env metaworld/button-press-topdown-v3 --episodes 50",
     "sample": "wallvla sample runs/quickstart/hub --dataset runs/quickstart/dataset --index 100",
     "stats": "wallvla stats runs/quickstart/dataset --output robot.json",
+    "data inspect": "wallvla data inspect runs/quickstart/dataset --images 4",
+    "data clean": "wallvla data clean runs/quickstart/dataset --output clean.json --dry-run",
 }
 SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
@@ -19,6 +21,8 @@ SUMMARIES = {
     "eval": "success rate of a checkpoint in a simulator, with 95% intervals",
     "sample": "one action chunk for a recorded observation, or the answer to a question about an image",
     "stats": "normalisation statistics of a dataset, as an embodiment file",
+    "data inspect": "what a LeRobot dataset holds, and what is wrong with it",
+    "data clean": "which frames of a LeRobot dataset to train on; the dataset itself is not changed",
 }
 
 
@@ -191,28 +195,91 @@ def _stats(arguments: list[str]) -> None:
     print(f"wrote {options.output}")
 
 
+def _cleaning_options(parser: argparse.ArgumentParser, arguments: list[str]):
+    """Parses what the commands on data have in common. Returns (options, dataset, thresholds)."""
+    from .data.cleaning import CleaningOptions
+    from .data.lerobot import LeRobotDataset
+
+    default = CleaningOptions()
+    parser.add_argument("dataset", help="LeRobot dataset folder or Hub id")
+    parser.add_argument("--images", type=int, default=default.frames_per_episode, help="frames looked at per episode")
+    parser.add_argument("--stationary", type=float, default=default.stationary, help="idle below this share of range")
+    parser.add_argument("--min-motion", type=float, default=default.min_motion, help="near-constant below this share")
+    parser.add_argument("--min-frames", type=int, default=default.min_frames, help="shorter episodes are left out")
+    parser.add_argument("--length-deviations", type=float, default=default.length_deviations)
+    parser.add_argument("--state-key", default="observation.state", help="feature with the proprioception")
+    parser.add_argument("--action-key", default="action", help="feature with the action; 'none' if there is none")
+    parser.add_argument(
+        "--on-error", choices=["raise", "skip"], default="skip", help="stop at an unreadable episode, or count it"
+    )
+    options = parser.parse_args(_read_config(parser, arguments))
+    dataset = LeRobotDataset(
+        options.dataset,
+        embodiment="inspected",
+        action_horizon=1,
+        cameras=None if options.images else [],
+        state_key=options.state_key,
+        action_key=None if options.action_key == "none" else options.action_key,
+        skip_errors=options.on_error == "skip",
+    )
+    thresholds = CleaningOptions(
+        stationary=options.stationary,
+        min_motion=options.min_motion,
+        length_deviations=options.length_deviations,
+        min_frames=options.min_frames,
+        frames_per_episode=options.images,
+    )
+    return options, dataset, thresholds
+
+
+def _data_inspect(arguments: list[str]) -> None:
+    from .data.cleaning import format_inspection, inspect_dataset
+
+    parser = _finish(argparse.ArgumentParser(), "data inspect")
+    _, dataset, thresholds = _cleaning_options(parser, arguments)
+    print(format_inspection(inspect_dataset(dataset, thresholds)))
+
+
+def _data_clean(arguments: list[str]) -> None:
+    from .data.cleaning import format_inspection, inspect_dataset, make_plan, write_plan
+
+    parser = _finish(argparse.ArgumentParser(), "data clean")
+    parser.add_argument("--output", help="JSON file with the frames to keep")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be left out")
+    options, dataset, thresholds = _cleaning_options(parser, arguments)
+    if options.output is None and not options.dry_run:
+        parser.error("give --output FILE, or --dry-run to see what would be left out")
+    inspection = inspect_dataset(dataset, thresholds)
+    print(format_inspection(inspection))
+    if options.dry_run:
+        print("dry run: nothing was written")
+    else:
+        print(f"wrote {write_plan(make_plan(inspection), options.output)}")
+
+
 COMMANDS = {"quickstart": _quickstart, "train": _train, "eval": _eval, "sample": _sample, "stats": _stats}
+COMMANDS |= {"data inspect": _data_inspect, "data clean": _data_clean}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `wallvla` command. Errors of the user's input end in one message and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<12}{SUMMARIES[name]}" for name in COMMANDS]
+        lines = [f"  {name:<14}{SUMMARIES[name]}" for name in COMMANDS]
         print("usage: wallvla COMMAND [options]\n\n" + "\n".join(lines) + "\n\nexample:\n  wallvla quickstart")
         print("\n`wallvla COMMAND --help` shows the options of a command and an example.")
         return
-    if arguments[0] not in COMMANDS:
-        sys.exit(f"wallvla: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}.")
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    command = " ".join(arguments[:words])
+    if command not in COMMANDS:
+        sys.exit(f"wallvla: unknown command {command!r}; the commands are {', '.join(COMMANDS)}.")
     try:
-        COMMANDS[arguments[0]](arguments[1:])
+        COMMANDS[command](arguments[words:])
     except (ValueError, OSError) as error:
-        print(f"wallvla {arguments[0]}: error: {error}", file=sys.stderr)
+        print(f"wallvla {command}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(
-            f"wallvla {arguments[0]}: interrupted; what is complete stays, and the same command goes on from there."
-        )
+        sys.exit(f"wallvla {command}: interrupted; what is complete stays, and the same command goes on from there.")
 
 
 if __name__ == "__main__":
