@@ -31,6 +31,7 @@ CANONICAL_LAYOUT = (
 )
 CANONICAL_DIM = 26
 REFERENCE_FRAMES = ("absolute", "world_relative", "world_delta", "eef_relative", "eef_delta")
+JOINT_FRAMES = ("joint_relative", "joint_delta")  # of native vectors; see `to_joint_frame`
 
 # Channels whose q99 - q01 is below this get range 1: dividing by it would blow sensor noise up to the full [-1, 1].
 MIN_RANGE = 1e-5
@@ -368,6 +369,52 @@ def _move(reference: Pose, pose: Pose, reference_frame: str) -> Pose:
     )
 
 
+def to_joint_frame(actions: np.ndarray, state: np.ndarray, channels: ArrayLike, reference_frame: str) -> np.ndarray:
+    """Joint targets (..., H, D), of which `channels` are measured from the current joints instead of from zero.
+
+    With q_t the target at step t = 1..H and q_0 the same channels of `state` (..., S): "joint_relative" is q_t - q_0,
+    "joint_delta" q_t - q_{t-1}. Other channels, such as grippers, stay as they are.
+    """
+    actions = np.array(actions, dtype=np.float64)
+    targets = actions[..., channels]
+    actions[..., channels] = targets - _references(targets, state[..., channels], reference_frame, axis=-2)
+    return actions
+
+
+def from_joint_frame(actions: np.ndarray, state: np.ndarray, channels: ArrayLike, reference_frame: str) -> np.ndarray:
+    """Inverse of `to_joint_frame`: same arguments, joint targets back."""
+    actions = np.array(actions, dtype=np.float64)
+    steps = actions[..., channels]
+    if reference_frame == "joint_delta":
+        steps = np.cumsum(steps, axis=-2)
+    actions[..., channels] = steps + state[..., None, :][..., channels]
+    return actions
+
+
+def interpolate_rotation(lower: np.ndarray, upper: np.ndarray, fraction: np.ndarray) -> np.ndarray:
+    """Rotations (..., 3, 3) at `fraction` (...,) of the shortest way from `lower` to `upper`, at constant speed."""
+    between = matrix_to_axis_angle(np.swapaxes(lower, -1, -2) @ upper)
+    return lower @ axis_angle_to_matrix(between * fraction[..., None])
+
+
+def axes_matrix(axes: Iterable[str]) -> np.ndarray:
+    """Change of axes (3, 3) of three signed names: row i is the direction that becomes axis i.
+
+    `("y", "-x", "z")`: the new x is the old y, the new y the old -x. Raises ValueError unless it is a rotation.
+    """
+    axes = tuple(axes)
+    rows = np.zeros((3, 3))
+    for row, name in zip(rows, axes, strict=False):
+        if isinstance(name, str) and name.removeprefix("-") in _AXES:
+            row[_AXES[name.removeprefix("-")]] = -1.0 if name.startswith("-") else 1.0
+    if len(axes) != 3 or np.linalg.det(rows) < 0.5:
+        raise ValueError(
+            f"Found axes {list(axes)}. They are three of x, y and z, each once, with a minus for the opposite "
+            f"direction, and right-handed: a mirrored frame is no rotation."
+        )
+    return rows
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Normalisation
 # --------------------------------------------------------------------------------------------------------------------
@@ -416,6 +463,12 @@ class Embodiment:
         rotation_format: how the robot writes rotations, in state and actions; a key of ROTATION_FORMATS.
         reference_frame: in which frame the *model* sees end-effector targets; see `to_reference_frame`. The robot's
             own targets are absolute. "absolute" changes nothing, so it also fits robots with relative commands.
+            "joint_relative" and "joint_delta" are for native vectors; see `to_joint_frame`.
+        joint_channels: numbers of the native action and state vectors that are joints, for these two frames.
+        world_axes: the robot's axes that point forward, left and up: ("y", "-x", "z") if its y points forward.
+        tool_axes: the axes of its end effector along which the gripper points, opens, and the third of a right-handed
+            frame. The model sees x forward, y left, z up, and no rotation for a gripper that points forward and opens
+            horizontally (Wall-OSS-0.5, section 3.1.3).
         state_gripper_range, action_gripper_range: the robot's value for [closed, open]; the model sees 0 and 1.
             [1, -1] is a gripper command where 1 closes.
         statistics: {"state": {...}, "action": {...}} of lists over channels: q01, q99, mean, std, min, max. Computed
@@ -435,6 +488,9 @@ class Embodiment:
     action_gripper_range: tuple = (0.0, 1.0)
     statistics: dict | None = None
     domain: int = 0
+    joint_channels: tuple = ()
+    world_axes: tuple = ("x", "y", "z")
+    tool_axes: tuple = ("x", "y", "z")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Embodiment":
@@ -459,8 +515,16 @@ class Embodiment:
             "cameras": [list(pair) for pair in self.cameras.items()],
             "state_layout": [list(part) for part in self.state_layout],
             "action_layout": [list(part) for part in self.action_layout],
-            "state_gripper_range": list(self.state_gripper_range),
-            "action_gripper_range": list(self.action_gripper_range),
+            **{
+                name: list(vars(self)[name])
+                for name in (
+                    "state_gripper_range",
+                    "action_gripper_range",
+                    "joint_channels",
+                    "world_axes",
+                    "tool_axes",
+                )
+            },
         }
 
     def __post_init__(self):
@@ -471,6 +535,8 @@ class Embodiment:
         object.__setattr__(self, "action_layout", _pairs(self.action_layout, "action_layout", int))
         object.__setattr__(self, "state_gripper_range", tuple(float(value) for value in self.state_gripper_range))
         object.__setattr__(self, "action_gripper_range", tuple(float(value) for value in self.action_gripper_range))
+        for name in ("joint_channels", "world_axes", "tool_axes"):
+            object.__setattr__(self, name, tuple(vars(self)[name]))
         self._check_scalars()
         self._check_layout(self.state_layout, "state_layout")
         self._check_layout(self.action_layout, "action_layout")
@@ -495,8 +561,11 @@ class Embodiment:
         if not isinstance(self.domain, int) or self.domain < 0:
             raise ValueError(f"Found domain {self.domain!r}. It is the index of a soft prompt: an integer from 0.")
         _rotation_format(self.rotation_format)
-        if self.reference_frame not in REFERENCE_FRAMES:
-            raise ValueError(f"Found reference_frame {self.reference_frame!r}. Known: {', '.join(REFERENCE_FRAMES)}.")
+        if self.reference_frame not in REFERENCE_FRAMES + JOINT_FRAMES:
+            known = ", ".join(REFERENCE_FRAMES + JOINT_FRAMES)
+            raise ValueError(f"Found reference_frame {self.reference_frame!r}. Known: {known}.")
+        axes_matrix(self.world_axes)
+        axes_matrix(self.tool_axes)
         for name, values in (("state", self.state_gripper_range), ("action", self.action_gripper_range)):
             if len(values) != 2 or values[0] == values[1]:
                 raise ValueError(
@@ -529,8 +598,24 @@ class Embodiment:
         if name == "action_layout" and not parts:
             raise ValueError("Found an empty action_layout. List the parts of the robot's action vector.")
 
+    def _check_joint_frame(self):
+        in_state, in_action = dict(self.state_layout), dict(self.action_layout)
+        room = min(in_state.get("native", 0), in_action.get("native", 0))
+        numbers = self.joint_channels
+        if (
+            not numbers
+            or not all(isinstance(n, int) and 0 <= n < room for n in numbers)
+            or len(set(numbers)) < len(numbers)
+        ):
+            raise ValueError(
+                f"Found reference_frame {self.reference_frame!r} and joint_channels {list(numbers)}. It needs native "
+                f"state and action vectors, and the numbers of the joints in both (0 to {room - 1})."
+            )
+
     def _check_reference_frame(self):
-        if self.reference_frame == "absolute":
+        if self.reference_frame in JOINT_FRAMES:
+            self._check_joint_frame()
+        if self.reference_frame == "absolute" or self.reference_frame in JOINT_FRAMES:
             return
         in_state, in_action = dict(self.state_layout), dict(self.action_layout)
         needed = [part for part in in_action if "_ee_" in part]
@@ -627,7 +712,10 @@ class Embodiment:
         `state` (..., S) is the robot's state when the chunk starts; `None` if the reference frame is absolute.
         Raises ValueError on a wrong width, a NaN, or a state that is needed and missing.
         """
-        parts = _split(self._checked(actions, "action"), self.action_layout)
+        actions = self._checked(actions, "action")
+        if self.reference_frame in JOINT_FRAMES:
+            return to_joint_frame(actions, self._needed_state(state), self.joint_channels, self.reference_frame)
+        parts = _split(actions, self.action_layout)
         poses = self._poses(parts)
         state_poses = self._state_poses(state)
         for arm, pose in poses.items():
@@ -637,6 +725,8 @@ class Embodiment:
     def inverse_transform_actions(self, values: ArrayLike, state: ArrayLike | None) -> np.ndarray:
         """Inverse of `transform_actions`: (..., H, K) to robot actions (..., H, D_robot); projects rot6d to SO(3)."""
         values = np.asarray(values, dtype=np.float64)
+        if self.reference_frame in JOINT_FRAMES:
+            return from_joint_frame(values, self._needed_state(state), self.joint_channels, self.reference_frame)
         if self.action_layout[0][0] == "native":
             return values
         layout = [(part, width) for part, width in CANONICAL_LAYOUT if part in dict(self.action_layout)]
@@ -650,19 +740,22 @@ class Embodiment:
             if position in parts or rotation in parts:
                 pose = from_reference_frame(pose, state_poses[arm], self.reference_frame)
             if position in parts:
-                parts[position] = pose[0]
+                parts[position] = pose[0] @ axes_matrix(self.world_axes)
             if rotation in parts:
-                parts[rotation] = matrix_to_rotation(pose[1], self.rotation_format)
+                matrix = axes_matrix(self.world_axes).T @ pose[1] @ axes_matrix(self.tool_axes)
+                parts[rotation] = matrix_to_rotation(matrix, self.rotation_format)
             if f"{arm}_gripper" in parts:
                 parts[f"{arm}_gripper"] = closed + parts[f"{arm}_gripper"] * (opened - closed)
         return np.concatenate([parts[part] for part, _ in self.action_layout], axis=-1)
 
     def _poses(self, parts: dict) -> dict[str, Pose]:
-        """{arm: (position or None, rotation matrix or None)} of the robot's own parts, for the arms that they have."""
+        """{arm: (position or None, rotation matrix or None)} in the model's axes, for the arms that the parts have."""
         poses = {}
+        world, tool = axes_matrix(self.world_axes), axes_matrix(self.tool_axes)
         for arm in ("left", "right"):
             position, rotation = parts.get(f"{arm}_ee_position"), parts.get(f"{arm}_ee_rotation")
-            matrix = None if rotation is None else rotation_to_matrix(rotation, self.rotation_format)
+            matrix = None if rotation is None else world @ rotation_to_matrix(rotation, self.rotation_format) @ tool.T
+            position = None if position is None else position @ world.T
             if position is not None or matrix is not None:
                 poses[arm] = (position, matrix)
         return poses
@@ -670,12 +763,27 @@ class Embodiment:
     def _state_poses(self, state: ArrayLike | None) -> dict[str, Pose]:
         if self.reference_frame == "absolute":
             return {"left": (None, None), "right": (None, None)}
+        return self._poses(_split(self._needed_state(state), self.state_layout))
+
+    def _needed_state(self, state: ArrayLike | None) -> np.ndarray:
         if state is None:
             raise ValueError(
                 f"Found no state. Actions in reference_frame {self.reference_frame!r} are measured from the current "
                 f"pose: pass the state that belongs to the chunk ({_spell(self.state_layout)})."
             )
-        return self._poses(_split(self._checked(state, "state"), self.state_layout))
+        return self._checked(state, "state")
+
+    def interpolate_actions(self, lower: ArrayLike, upper: ArrayLike, fraction: ArrayLike) -> np.ndarray:
+        """Robot actions (..., D_robot) at `fraction` (...,) between two; rotations turn, the rest is linear."""
+        lower, upper = np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64)
+        fraction = np.asarray(fraction, dtype=np.float64)
+        between = lower + (upper - lower) * fraction[..., None]
+        ends = (_split(lower, self.action_layout), _split(upper, self.action_layout))
+        for part, values in _split(between, self.action_layout).items():
+            if part.endswith("_rotation"):
+                first, last = (rotation_to_matrix(end[part], self.rotation_format) for end in ends)
+                values[...] = matrix_to_rotation(interpolate_rotation(first, last, fraction), self.rotation_format)
+        return between
 
     @staticmethod
     def _join(parts: dict, poses: dict[str, Pose], gripper_range: tuple) -> np.ndarray:

@@ -92,8 +92,8 @@ def moving_frames(values: np.ndarray, scale: np.ndarray, threshold: float) -> np
     """The stationary-frame filter: which frames to keep.
 
     A frame is dropped when every number differs from the last *kept* frame by less than `threshold` of its scale.
-    Comparing with the last kept frame lets slow motion add up; comparing neighbours would drop it altogether. Filtering
-    what was kept once more keeps all of it.
+    Comparing with the last kept frame lets slow motion add up; comparing neighbours would drop it altogether.
+    Filtering what was kept once more keeps all of it.
 
     Args:
         values: (T, D), one episode.
