@@ -31,7 +31,8 @@ class EpisodeLanguage:
 
     def step_at(self, times: np.ndarray) -> list[str | None]:
         """The step of each time (T,) in seconds: the last that has begun."""
-        places = np.searchsorted([start for start, _ in self.steps], times, side="right") - 1
+        # Timestamps of rows are float32, those of steps are not: a step begins on its frame, not one later.
+        places = np.searchsorted([start - 1e-4 for start, _ in self.steps], times, side="right") - 1
         return [self.steps[place][1] if place >= 0 else None for place in places]
 
 
