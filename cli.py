@@ -13,6 +13,7 @@ EXAMPLES = {
     "sample": "wallvla sample runs/quickstart/hub --dataset runs/quickstart/dataset --index 100",
     "stats": "wallvla stats runs/quickstart/dataset --output robot.json",
     "data inspect": "wallvla data inspect runs/quickstart/dataset --images 4",
+    "data bridge": "wallvla data bridge runs/quickstart/hub --env metaworld/drawer-open-v3 --output bridge.parquet",
     "data clean": "wallvla data clean runs/quickstart/dataset --output clean.json --dry-run",
 }
 SUMMARIES = {
@@ -22,6 +23,7 @@ SUMMARIES = {
     "sample": "one action chunk for a recorded observation, or the answer to a question about an image",
     "stats": "normalisation statistics of a dataset, as an embodiment file",
     "data inspect": "what a LeRobot dataset holds, and what is wrong with it",
+    "data bridge": "questions about the robot's own view, from a simulator or a LeRobot dataset",
     "data clean": "which frames of a LeRobot dataset to train on; the dataset itself is not changed",
 }
 
@@ -257,8 +259,73 @@ def _data_clean(arguments: list[str]) -> None:
         print(f"wrote {write_plan(make_plan(inspection), options.output)}")
 
 
+def _data_bridge(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "data bridge")
+    parser.add_argument("checkpoint", help="checkpoint whose processor writes boxes and points: a folder or a Hub id")
+    parser.add_argument("--env", nargs="+", help="metaworld/TASK, one or more: from the simulator's ground truth")
+    parser.add_argument("--episodes", type=int, default=10, help="demonstrations of each task")
+    parser.add_argument("--image-size", type=int, default=128, help="pixels of the simulator's images")
+    parser.add_argument("--dataset", help="LeRobot dataset: from its trajectories")
+    parser.add_argument("--embodiment", help="robot of the dataset in the checkpoint; default: its only one")
+    parser.add_argument("--camera", help="fixed camera of the dataset; default: the robot's first")
+    parser.add_argument("--calibration", help="JSON of that camera: intrinsics, extrinsics, size")
+    parser.add_argument("--annotator", help="image-text model for captions and next steps: a folder or a Hub id")
+    parser.add_argument("--every", type=int, default=25, help="frames between two images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", required=True, help="parquet file to create")
+    options = parser.parse_args(_read_config(parser, arguments))
+    if (options.env is None) == (options.dataset is None):
+        parser.error("give either --env or --dataset")
+    from transformers import AutoProcessor
+
+    from . import register_auto_classes
+    from .data.annotator import TransformersAnnotator
+    from .data.bridge import frames_of_demonstration, write_bridge_samples
+    from .evaluation.demonstrations import record_demonstrations
+    from .evaluation.metaworld import CONTROL_FREQUENCY
+
+    register_auto_classes()
+    processor = AutoProcessor.from_pretrained(options.checkpoint)
+    if options.env:
+        frames = (
+            frame
+            for demonstration in record_demonstrations(
+                [name.removeprefix("metaworld/") for name in options.env],
+                options.episodes,
+                image_size=options.image_size,
+                grounding_every=options.every,
+                all_views=True,
+                progress=False,
+            )
+            for frame in frames_of_demonstration(demonstration, fps=CONTROL_FREQUENCY)
+        )
+    else:
+        frames = _recorded_frames(options, processor)
+    annotator = TransformersAnnotator(options.annotator) if options.annotator else None
+    counts = write_bridge_samples(frames, options.output, processor, seed=options.seed, annotator=annotator)
+    print("\n".join(f"{count:>7} {kind}" for kind, count in sorted(counts.items())))
+    print(f"wrote {options.output}")
+
+
+def _recorded_frames(options: argparse.Namespace, processor):
+    """Facts of all episodes of a LeRobot dataset, for `_data_bridge`."""
+    from .data.bridge import Camera, frames_of_episode
+    from .data.lerobot import LeRobotDataset
+
+    robot = processor.get_embodiment(options.embodiment)
+    camera = options.camera or next(iter(robot.cameras))
+    dataset = LeRobotDataset(options.dataset, embodiment="bridge", cameras=[camera], action_horizon=1)
+    calibration = None
+    if options.calibration:
+        calibration = Camera.from_dict(json.loads(Path(options.calibration).read_text()))
+    for position in range(dataset.num_episodes):
+        yield from frames_of_episode(
+            dataset, position, robot, dataset.camera_keys[0], calibration, stride=options.every
+        )
+
+
 COMMANDS = {"quickstart": _quickstart, "train": _train, "eval": _eval, "sample": _sample, "stats": _stats}
-COMMANDS |= {"data inspect": _data_inspect, "data clean": _data_clean}
+COMMANDS |= {"data inspect": _data_inspect, "data clean": _data_clean, "data bridge": _data_bridge}
 
 
 def main(arguments: list[str] | None = None) -> None:

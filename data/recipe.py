@@ -28,6 +28,7 @@ import yaml
 from ..action_space_wallvla import Embodiment
 from .augmentation import Augmentation
 from .cleaning import read_plan
+from .conversations import ConversationDataset, JsonLines
 from .lerobot import LeRobotDataset
 from .mixture import CoTrainingMixture
 from .multimodal import MultimodalDataset
@@ -56,7 +57,7 @@ class ActionEntry:
 
 @dataclass(frozen=True)
 class MultimodalEntry:
-    """One file (or folder) of questions; options as in `MultimodalDataset`."""
+    """Questions: a parquet file or folder of them (`MultimodalDataset`), or JSON lines (`ConversationDataset`)."""
 
     path: str
     name: str | None = None
@@ -155,12 +156,11 @@ def build_mixture(
     if recipe.multimodal:
         several = []
         for entry in recipe.multimodal:
-            dataset = MultimodalDataset(
-                recipe.folder / entry.path,
-                in_memory=entry.in_memory,
-                coordinates=entry.coordinates,
-                processor=processor,
-            )
+            path, options = recipe.folder / entry.path, {"coordinates": entry.coordinates, "processor": processor}
+            if path.suffix == ".jsonl":
+                dataset = ConversationDataset(JsonLines(path), **options)
+            else:
+                dataset = MultimodalDataset(path, in_memory=entry.in_memory, **options)
             several.append(sample_source(entry.name or Path(entry.path).stem, dataset, entry.weight))
         questions = BalancedSources(several, power=recipe.power, seed=seed + 1)
     return CoTrainingMixture(
