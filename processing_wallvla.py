@@ -234,8 +234,8 @@ class WallVLAProcessor(ProcessorMixin):
             samples (`list[dict]`): action samples (`images`, `instruction`, `state`, `embodiment`, and for training
                 `actions`, `action_is_pad`) and multimodal samples (`images`, `text`, and for training `answer`), in
                 any mixture. Other keys are ignored, but for those of training's augmentations: `state_is_dropped`
-                leaves the state out of the prompt and `prompt_state` is shown there in its place, while relative
-                actions are measured from `state`; `dropped_cameras` are left out of the prompt.
+                leaves the state out of the prompt, `state_noise` (K or more numbers) is added to the normalised state
+                in the prompt, while relative actions are measured from `state`; `dropped_cameras` are left out.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
             max_length (`int`, *optional*): overrides the processor's `max_length`.
         Returns:
@@ -409,8 +409,10 @@ class WallVLAProcessor(ProcessorMixin):
             ]
             if not rows or not embodiment.state_channels.size:
                 continue
-            shown = [samples[i].get("prompt_state", samples[i]["state"]) for i in rows]
-            values = embodiment.encode_state(self._stack(shown, rows, "state", 1))
+            values = embodiment.encode_state(self._stack([samples[i]["state"] for i in rows], rows, "state", 1))
+            for value, row in zip(values, rows, strict=True):
+                if samples[row].get("state_noise") is not None:
+                    value[:] = np.clip(value + samples[row]["state_noise"][: len(value)], -1, 1)
             if self.state_dim is not None:
                 padded = np.zeros((len(rows), self.state_dim))
                 padded[:, embodiment.state_channels] = values

@@ -14,6 +14,8 @@ from PIL import Image
 
 Augmentation = Callable[[dict, np.random.Generator], dict]
 
+MOST_STATE_CHANNELS = 128
+
 
 def compose(*augmentations: Augmentation) -> Augmentation:
     """One augmentation that applies several, in the given order."""
@@ -67,32 +69,27 @@ def _drop_state(sample: dict, rng: np.random.Generator, *, probability: float) -
     return sample | {"state_is_dropped": bool(rng.random() < probability)}
 
 
-def perturb_state(fraction: float, scales: Mapping[str, np.ndarray]) -> Augmentation:
-    """Adds Gaussian noise to the proprioception that the prompt shows (Wall-OSS-0.5, section 2.2.3).
+def perturb_state(fraction: float) -> Augmentation:
+    """Asks for Gaussian noise on the proprioception that the prompt shows (Wall-OSS-0.5, section 2.2.3).
 
-    Adds `prompt_state` (S,), which the processor writes into the prompt. `state` stays as it is: relative actions are
-    measured from it.
+    Adds `state_noise` (K,), which the processor adds to the normalised state before it writes it into the prompt: so
+    one number fits robots in metres, radians and degrees. `state` stays as it is: relative actions are measured from
+    it.
 
     Args:
-        fraction: standard deviation of the noise, as a fraction of the scale.
-        scales: scale (S,) of each state number in robot units by embodiment, such as the standard deviation over the
-            dataset: `dataset.states.std(axis=0)`.
+        fraction: standard deviation of the noise, as a fraction of half of each number's range (the normalised state
+            lies in [-1, 1]).
     """
     if fraction < 0:
         raise ValueError(f"fraction is {fraction}; it must not be negative.")
-    return partial(_perturb_state, fraction=fraction, scales=dict(scales))
+    return partial(_perturb_state, fraction=fraction)
 
 
-def _perturb_state(sample: dict, rng: np.random.Generator, *, fraction: float, scales: dict) -> dict:
+def _perturb_state(sample: dict, rng: np.random.Generator, *, fraction: float) -> dict:
     if not _is_action_sample(sample):
         return sample
-    if sample["embodiment"] not in scales:
-        raise ValueError(
-            f"perturb_state has no scale of embodiment {sample['embodiment']!r}; it has {', '.join(scales) or 'none'}."
-        )
-    state = np.asarray(sample["state"])
-    noise = rng.normal(size=state.shape) * fraction * scales[sample["embodiment"]]
-    return sample | {"prompt_state": (state + noise).astype(state.dtype)}
+    # More numbers than any state has: how many channels a robot fills is known to the processor only.
+    return sample | {"state_noise": (rng.normal(size=MOST_STATE_CHANNELS) * fraction).astype(np.float32)}
 
 
 def drop_cameras(probability: float, always_keep: Sequence[str] = ()) -> Augmentation:

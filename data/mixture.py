@@ -38,7 +38,7 @@ class _Passes:
     def __getitem__(self, index: int) -> dict:
         return self._dataset[index]
 
-    def epoch_length(self) -> int:
+    def epoch_length(self, epoch: int = 0) -> int:
         return len(self._dataset)
 
     def draw(self, number: int) -> int:
@@ -127,9 +127,7 @@ class CoTrainingMixture:
         self._skip_errors = skip_errors
         self._first_draw = first_draw
         self.num_skipped = 0
-        self._length = self._draws_of_one_action_epoch() if length is None else length
-        if self._length < 1:
-            raise ValueError(f"length is {length}; a mixture has at least one draw.")
+        self.set_length(self.epochs_length() if length is None else length)
 
     def __len__(self) -> int:
         return self._length
@@ -195,13 +193,23 @@ class CoTrainingMixture:
         rng = np.random.default_rng([self.seed, _POSITIONS, block])
         return np.sort(rng.choice(self._block_size, self._multimodal_per_block, replace=False))
 
-    def _draws_of_one_action_epoch(self) -> int:
+    def epochs_length(self, epochs: float = 1) -> int:
+        """Draws of so many epochs from the first draw on: all action samples of each, with their multimodal ones."""
+        source = self._sources[_ACTION]
+        whole = sum(source.epoch_length(epoch) for epoch in range(int(epochs)))
+        actions = whole + round((epochs - int(epochs)) * source.epoch_length(int(epochs)))
         actions_per_block = self._block_size - self._multimodal_per_block
-        blocks, rest = divmod(self._sources[_ACTION].epoch_length(), actions_per_block)
+        blocks, rest = divmod(actions, actions_per_block)
         if rest == 0:
             return blocks * self._block_size
         places = np.setdiff1d(np.arange(self._block_size), self._multimodal_places(blocks))  # of action samples
         return blocks * self._block_size + int(places[rest - 1]) + 1
+
+    def set_length(self, length: int) -> None:
+        """Change the number of draws; the draws themselves stay what they are."""
+        if length < 1:
+            raise ValueError(f"length is {length}; a mixture has at least one draw.")
+        self._length = length
 
     # ---- stopping and going on --------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ multimodal:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -77,6 +77,7 @@ class Recipe:
     power: float = 0.5
     cap: float | None = None
     budget: int | None = None
+    robots: dict[str, str] = field(default_factory=dict)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -98,6 +99,10 @@ def read_recipe(path: str | Path) -> Recipe:
         values[key] = tuple(
             kind(**_checked(entry, kind, f"{path}: entry {number} of {key}")) for number, entry in enumerate(entries)
         )
+    robots = values.get("robots") or {}
+    if not isinstance(robots, dict) or not all(isinstance(file, str) for file in robots.values()):
+        raise ValueError(f"{path}: robots is {robots!r}; it is a mapping of names to JSON files.")
+    values["robots"] = robots
     if not values["actions"]:
         raise ValueError(f"{path} names no dataset under actions. A mixture has at least one.")
     return Recipe(folder=path.parent, **values)

@@ -45,7 +45,7 @@ ALL = [
     color_jitter(0.3, 0.3, 0.3),
     random_crop(0.8),
     drop_cameras(0.5),
-    perturb_state(0.1, {"robot": np.ones(2)}),
+    perturb_state(0.1),
     vary_instruction(0.5, {"tidy up": ["clean up"]}),
 ]
 
@@ -87,14 +87,10 @@ def test_paraphrases_are_equally_likely():
 # ---- proprioception and cameras ------------------------------------------------------------------------------------
 
 
-def test_perturbed_state_is_shown_and_not_measured_from():
-    augment = perturb_state(0.1, {"robot": np.array([1.0, 5.0])})
-    found = np.stack([augment(sample(), np.random.default_rng(i))["prompt_state"] for i in range(3000)])
-    np.testing.assert_allclose(found.std(axis=0), [0.1, 0.5], rtol=0.05)
-    np.testing.assert_allclose(found.mean(axis=0), [1, 2], atol=0.03)
-    np.testing.assert_array_equal(augment(sample(), np.random.default_rng(0))["state"], [1, 2])
-    with pytest.raises(ValueError, match="has no scale of embodiment 'other'; it has robot"):
-        augment(sample(embodiment="other"), np.random.default_rng(0))
+def test_state_noise():
+    found = np.stack([perturb_state(0.1)(sample(), np.random.default_rng(i))["state_noise"] for i in range(300)])
+    assert found.std() == pytest.approx(0.1, rel=0.02) and abs(found.mean()) < 0.003
+    np.testing.assert_array_equal(perturb_state(0.1)(sample(), np.random.default_rng(0))["state"], [1, 2])
 
 
 def test_at_least_one_camera_stays():
@@ -165,7 +161,7 @@ def test_crop_windows():
         lambda: color_jitter(1.5),
         lambda: random_crop(0),
         lambda: drop_cameras(-0.1),
-        lambda: perturb_state(-1, {}),
+        lambda: perturb_state(-1),
         lambda: vary_instruction(2),
     ],
 )
@@ -198,7 +194,7 @@ def test_processor_follows_the_augmentations():
         tokenizer, {"robot": robot}, action_dim=2, action_horizon=3, state_bins=8, longest_side=None,
     )  # fmt: skip
     plain = sample(actions=np.array([[2.0, 3.0]] * 3))
-    changed = plain | {"dropped_cameras": ["wrist"], "prompt_state": np.array([-3.0, 3.0])}
+    changed = plain | {"dropped_cameras": ["wrist"], "state_noise": np.array([-1.0, 0.25, 9.0])}
     first, second = processor.encode([plain]), processor.encode([changed])
     assert first["image_grid_thw"].shape[0] == 3 and second["image_grid_thw"].shape[0] == 2
     text = processor.tokenizer.decode(second["input_ids"][0])
