@@ -28,12 +28,16 @@ SUMMARIES = {
 }
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and examples on lines of their own."""
+
+
 def _finish(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
     """What all commands share: the example below the help, and `--config`."""
     parser.prog = f"wallvla {name}"
     parser.description = SUMMARIES[name]
     parser.epilog = f"example:\n  {EXAMPLES[name]}"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = _HelpFormatter
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same options; the command line wins")
     return parser
 
@@ -178,7 +182,10 @@ def _stats(arguments: list[str]) -> None:
     from .trainers.fine_tuning import native_embodiment
 
     parser = _finish(argparse.ArgumentParser(), "stats")
-    parser.add_argument("dataset", help="LeRobot dataset folder")
+    parser.add_argument("dataset", help="LeRobot dataset folder or Hub id")
+    parser.add_argument(
+        "--cache", default="~/.cache/wallvla/statistics", help="folder in which results are kept; 'none' for none"
+    )
     parser.add_argument("--embodiment-file", help="JSON of the robot; default: its vectors as they are (native)")
     parser.add_argument("--action-horizon", type=int, default=32, help="steps of a chunk, without --embodiment-file")
     parser.add_argument("--output", help="JSON file to write; default: print the statistics")
@@ -189,7 +196,8 @@ def _stats(arguments: list[str]) -> None:
         horizon = embodiment.action_horizon
     dataset = LeRobotDataset(options.dataset, embodiment="robot", action_horizon=horizon)
     embodiment = embodiment or native_embodiment(dataset, horizon)
-    values = embodiment.to_dict() | {"statistics": compute_statistics(dataset, embodiment)}
+    cache = None if options.cache == "none" else Path(options.cache).expanduser()
+    values = embodiment.to_dict() | {"statistics": compute_statistics(dataset, embodiment, cache=cache)}
     if options.output is None:
         print(json.dumps(values["statistics"], indent=2))
         return
@@ -340,9 +348,11 @@ def main(arguments: list[str] | None = None) -> None:
     command = " ".join(arguments[:words])
     if command not in COMMANDS:
         sys.exit(f"wallvla: unknown command {command!r}; the commands are {', '.join(COMMANDS)}.")
+    from .evaluation.workers import WorkerError
+
     try:
         COMMANDS[command](arguments[words:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, WorkerError) as error:
         print(f"wallvla {command}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

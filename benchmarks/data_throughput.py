@@ -28,6 +28,7 @@ WIDTH, FPS, LENGTH = 14, 20, 100
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=10, help="episodes of 100 frames, 1x (default: %(default)s)")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels (default: %(default)s)")
@@ -69,6 +70,7 @@ def write_dataset(root: Path, episodes: int, size: int):
 
 
 def as_is(sample):
+    """Collate function of single samples; a lambda could not be sent to a worker."""
     return sample
 
 
@@ -151,6 +153,7 @@ def run(task: dict, python: str) -> dict:
 
 
 def main():
+    """Runs every measurement in a process of its own and prints a line for each."""
     options = parse_arguments()
     if options.measure:
         print(json.dumps(measure(json.loads(options.measure))))
@@ -180,6 +183,7 @@ def main():
 
 
 def print_row(row: dict):
+    """Prints one measurement."""
     size = f"{row['growth']}x ({row['frames']} frames)"
     if row["what"] == "statistics":
         print(
