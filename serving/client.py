@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from .chunking import OverlappingScheduler, SynchronousScheduler
@@ -165,11 +165,13 @@ class PolicyClient:
                 )
                 self.metadata = unpack(connection.recv(self._timeout_s))
                 return connection
-            except InvalidHandshake as error:
-                answer = str(error)
-                if "503" not in answer or time.monotonic() > deadline:  # 503: it warms up or is full
-                    raise ConnectionError(f"{self._address} refuses this client: {answer}.") from error
-            except (OSError, ConnectionClosed, TimeoutError) as error:
+            except InvalidStatus as error:
+                status = error.response.status_code
+                if status != 503 or time.monotonic() > deadline:  # 503: it warms up, stops or is full
+                    answer = error.response.body.decode(errors="replace").strip()
+                    raise ConnectionError(f"{self._address} refuses this client: {status}, {answer}.") from error
+            # InvalidHandshake: killed in the middle of one
+            except (OSError, ConnectionClosed, InvalidHandshake) as error:
                 if time.monotonic() > deadline:
                     raise ConnectionError(
                         f"No policy server at {self._address} within {self._reconnect_s} s ({error}). Start one with "
