@@ -30,7 +30,8 @@ class SafetyLimits:
 
     low, high: smallest and largest action.
     max_velocity: change of the action per second.
-    max_jerk: change per second of the action's acceleration (units per second cubed).
+    max_jerk: change per second of the action's acceleration (units per second cubed). Meant to cut spikes: a limit
+        below what the policy does makes the robot swing around its targets.
     state_low, state_high: the robot stops outside of these.
     state_margin: with a policy's statistics, the robot stops where its state is further outside of [q01, q99] than
         this fraction of q99 - q01.
@@ -196,8 +197,7 @@ class SafetyRails:
             self.interventions[reason] += 1
             channel = int(np.flatnonzero(changed)[0])
             logger.warning("%s limit: channel %d from %.6g to %.6g", reason, channel, before[channel], after[channel])
-            return after
-        return before
+        return after
 
     def _stop(self, reason: str, message: str) -> None:
         self.interventions[reason] += 1

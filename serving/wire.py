@@ -122,6 +122,8 @@ def _array(values: dict) -> np.ndarray:
     # Python's integers do not overflow, so that no product of sizes can pass for a small one
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
         raise WireError(f"Found {len(data)} bytes for an array of shape {shape} and dtype {dtype}; they must agree.")
+    if math.prod(max(size, 1) for size in shape) > 2**40:  # beside a zero; numpy multiplies the others nevertheless
+        raise WireError(f"Found the shape {shape}; it is larger than any frame.")
     return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 
