@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+import os
 import random
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +38,7 @@ from wallvla.serving.server import PolicyServer, ServerOptions
 from wallvla.serving.wire import pack, unpack
 
 
+ROOT = Path(quickstart.__file__).parent
 TOKEN = "0123456789abcdef-token"
 WIDE = {name: [value] * 4 for name, value in [("q01", -1.0), ("q99", 1.0), ("mean", 0.0), ("std", 0.5)]}
 WIDE |= {"min": [-2.0] * 4, "max": [2.0] * 4}
@@ -544,6 +548,40 @@ def test_recorded_episodes_become_a_lerobot_dataset(parts, tmp_path):
         np.testing.assert_allclose(sample["state"], message["observation.state"], atol=1e-6)
         np.testing.assert_allclose(sample["actions"][0], actions[0], atol=1e-6)
         assert sample["instruction"] == message["prompt"]
+
+
+def test_kill_9_leaves_every_answered_frame(parts, tmp_path):
+    """`wallvla serve` itself, in a process of its own, with a token file and client keys."""
+    for part in parts:
+        part.save_pretrained(tmp_path / "hub")
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    keys = [["cam", "observation.images.front"], ["q", "state"], ["task", "instruction"]]
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    (tmp_path / "wallvla").symlink_to(ROOT, target_is_directory=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "wallvla.cli", "serve", "arm=hub", "--port", str(port), "--record", "served"]
+    command += ["--token-file", "token", "--client-keys", "keys.json", "--max-batch", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with open(tmp_path / "log", "wb") as log:
+        server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    try:
+        with PolicyClient(f"ws://127.0.0.1:{port}/arm", token=TOKEN, reconnect_s=200) as client:
+            assert client.metadata["observation_keys"] == keys
+            for step in range(3):
+                seen = observation(step)
+                client.infer(
+                    {"cam": seen["observation.images.front"], "q": seen["observation.state"], "task": "press"}
+                )
+            server.kill()
+            server.wait()
+    finally:
+        server.kill()
+    (root,) = Recorder(tmp_path / "served" / "arm", 80, "metaworld_sawyer", LeRobotWriter).finish()
+    dataset = LeRobotDataset(root, embodiment="arm", action_horizon=1)
+    assert len(dataset) == 3 and dataset[2]["instruction"] == "press"
+    np.testing.assert_allclose(dataset[2]["state"], observation(2)["observation.state"], atol=1e-6)
 
 
 def write_journal(path, frames):
