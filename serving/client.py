@@ -12,6 +12,7 @@ A loop that hides the latency (real-time chunking; `SynchronousScheduler` waits 
             action = loop.step(observe)      # None: hold still
 """
 
+import contextlib
 import json
 import ssl
 import threading
@@ -74,6 +75,7 @@ class PolicyClient:
         self._episode: dict | None = None
         self._calls = 0
         self.metadata: dict = {}
+        self._opened = contextlib.ExitStack()  # holds the connection, as websockets wants it
         self._connection = self._connect()
 
     def __enter__(self) -> "PolicyClient":
@@ -84,7 +86,7 @@ class PolicyClient:
 
     def close(self) -> None:
         """Leaves the server."""
-        self._connection.close()
+        self._opened.close()
 
     def start_episode(self, seed: int | None = None, task: str | None = None) -> None:
         """Starts an episode: noise that follows from `seed` (the server's choice without one), and its instruction."""
@@ -137,7 +139,7 @@ class PolicyClient:
 
     def _return(self, message: dict) -> None:
         """Connects again and tells the new server the instruction of the episode that goes on."""
-        self._connection.close()
+        self._opened.close()
         self._connection = self._connect()
         task = None if self._episode is None else self._episode["__task__"]
         if task is not None and "__ctrl__" not in message:
@@ -155,13 +157,15 @@ class PolicyClient:
         deadline, pause = time.monotonic() + self._reconnect_s, 0.05
         while True:
             try:
-                connection = connect(
-                    self._address,
-                    ssl=self._tls,
-                    compression=None,
-                    max_size=None,
-                    additional_headers=self._headers,
-                    open_timeout=self._timeout_s,
+                connection = self._opened.enter_context(
+                    connect(
+                        self._address,
+                        ssl=self._tls,
+                        compression=None,
+                        max_size=None,
+                        additional_headers=self._headers,
+                        open_timeout=self._timeout_s,
+                    )
                 )
                 self.metadata = unpack(connection.recv(self._timeout_s))
                 return connection
@@ -177,6 +181,7 @@ class PolicyClient:
                         f"No policy server at {self._address} within {self._reconnect_s} s ({error}). Start one with "
                         f"`wallvla serve`."
                     ) from error
+            self._opened.close()
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
 
