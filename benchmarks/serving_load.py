@@ -159,9 +159,13 @@ async def misbehave(port: int, pool, stop: asyncio.Event) -> None:
         raw = socket.create_connection(("127.0.0.1", port))  # half a handshake
         raw.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: webs")
         stack.callback(raw.close)
-        slow = await stack.enter_async_context(connect(f"ws://127.0.0.1:{port}", compression=None, max_queue=1))
+        # Without pings of its own: it does not read the answers to those either
+        slow = await stack.enter_async_context(
+            connect(f"ws://127.0.0.1:{port}", compression=None, max_queue=1, ping_interval=None)
+        )
         while not stop.is_set():
-            await slow.send(message)  # and never reads
+            with contextlib.suppress(ConnectionClosed):  # the server drops it when it does not answer pings
+                await slow.send(message)  # and never reads
             with contextlib.suppress(ConnectionClosed, InvalidHandshake):  # thrown out again and again
                 async with connect(f"ws://127.0.0.1:{port}", compression=None) as fuzzer:
                     for _ in range(20):
