@@ -18,6 +18,7 @@ EXAMPLES = {
     "data inspect": "wallvla data inspect runs/quickstart/dataset --images 4",
     "data bridge": "wallvla data bridge runs/quickstart/hub --env metaworld/drawer-open-v3 --output bridge.parquet",
     "data clean": "wallvla data clean runs/quickstart/dataset --output clean.json --dry-run",
+    "serve": "wallvla serve runs/quickstart/hub --port 8000 --record runs/served",
 }
 SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
@@ -31,6 +32,7 @@ SUMMARIES = {
     "data inspect": "what a LeRobot dataset holds, and what is wrong with it",
     "data bridge": "questions about the robot's own view, from a simulator or a LeRobot dataset",
     "data clean": "which frames of a LeRobot dataset to train on; the dataset itself is not changed",
+    "serve": "policy server for robots; openpi's client can talk to it",
 }
 
 
@@ -409,6 +411,40 @@ def _recorded_frames(options: argparse.Namespace, processor):
         )
 
 
+def _serve(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "serve")
+    parser.add_argument("path", nargs="+", help="checkpoint folders or Hub ids; NAME=PATH serves one at /NAME")
+    parser.add_argument("--embodiment", help="robot of the checkpoints; default: their only one")
+    parser.add_argument("--host", default="127.0.0.1", help="any but this machine's own needs --token-file")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--token-file", help="file with the token that clients must send")
+    parser.add_argument("--certificate", help="PEM file; with --private-key it turns on TLS")
+    parser.add_argument("--private-key", help="PEM file")
+    parser.add_argument("--client-keys", help="JSON file with [client key, what it holds] pairs; see docs/serving.md")
+    parser.add_argument("--instruction", help="the task of clients that send none")
+    parser.add_argument("--safety", help="JSON file with the fields of SafetyLimits")
+    parser.add_argument("--record", help="folder of recorded episodes, LeRobot v3.0")
+    parser.add_argument(
+        "--record-fps", type=int, help="requests per second of a recording; default: control frequency"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--num-inference-steps", type=int, help="Euler steps; default: the checkpoint's own")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, with the seeds of episodes")
+    parser.add_argument("--max-batch", type=int, default=16, help="requests in one call of the model")
+    parser.add_argument("--batch-window-ms", type=float, default=5.0, help="how long a request may wait for others")
+    parser.add_argument("--max-connections", type=int, default=64)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
+    options = parser.parse_args(_read_config(parser, arguments))
+    from . import register_auto_classes
+    from .data.lerobot_writer import LeRobotWriter
+    from .serving.serve import serve_checkpoints
+
+    if not options.trust_remote_code:
+        register_auto_classes()
+    serve_checkpoints(options, LeRobotWriter)
+
+
 COMMANDS = {
     "quickstart": _quickstart,
     "train": _train,
@@ -421,6 +457,7 @@ COMMANDS = {
     "data inspect": _data_inspect,
     "data clean": _data_clean,
     "data bridge": _data_bridge,
+    "serve": _serve,
 }
 
 
