@@ -1,7 +1,7 @@
 """Does the comparison find a weak policy, and does it leave a copy alone? 500 simulated evaluations of each.
 
-    python benchmarks/planted_policies.py
-    python benchmarks/planted_policies.py --episodes-per-task 10 --weak-rate 0.6
+python benchmarks/planted_policies.py
+python benchmarks/planted_policies.py --episodes-per-task 10 --weak-rate 0.6
 """
 
 import argparse

@@ -108,7 +108,9 @@ def _read(path: Path) -> tuple[list[dict], str, int]:
             body = {name: entry[name] for name in ("number", "previous", "record")}
             digest = entry["hash"]
         except (ValueError, KeyError, TypeError) as error:
-            raise JournalError(f"Line {number + 1} of {path} is no journal entry ({error}): restore a backup.") from error
+            raise JournalError(
+                f"Line {number + 1} of {path} is no journal entry ({error}): restore a backup."
+            ) from error
         if body["number"] != number or body["previous"] != head or _digest(body) != digest:
             raise JournalError(
                 f"Line {number + 1} of {path} does not continue the hash chain: it, or a line before it, was changed, "

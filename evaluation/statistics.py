@@ -1,9 +1,9 @@
 """What a number of trials can and cannot tell: intervals, paired comparisons, sample sizes, task progress.
 
-    wilson_interval(45, 50)                      95% interval of a success rate
-    compare_paired(successes_a, successes_b)     two policies on the same scenes: McNemar's exact test, bootstrap interval
-    compare_unpaired(45, 50, 38, 50)             two policies on different scenes: Fisher's exact test
-    trials_to_tell_apart(0.95, 0.90)             how many trials a difference needs
+wilson_interval(45, 50)                      95% interval of a success rate
+compare_paired(successes_a, successes_b)     two policies on the same scenes: McNemar's exact test, bootstrap interval
+compare_unpaired(45, 50, 38, 50)             two policies on different scenes: Fisher's exact test
+trials_to_tell_apart(0.95, 0.90)             how many trials a difference needs
 """
 
 import math
@@ -204,9 +204,12 @@ def advice(rate_a: float, rate_b: float, trials: int, p: float) -> str:
         return f"The difference of {abs(rate_a - rate_b):.1%} is more than chance (p = {p:.2g})."
     needed = trials_to_tell_apart(rate_a, rate_b)
     if needed is None:
-        return f"{trials} trials each show no difference; drops below {smallest_difference(trials, rate_a):.0%} would hide in them."
+        hidden = smallest_difference(trials, rate_a)
+        return f"{trials} trials each show no difference; a drop of less than {hidden:.0%} could hide in them."
     if needed <= trials:
-        return f"{trials} trials each cannot tell these apart (p = {p:.2g}), though they might have: repeat with other seeds."
+        return (
+            f"{trials} trials each cannot tell these apart (p = {p:.2g}), though they might: repeat with other seeds."
+        )
     return (
         f"{trials} trials each cannot tell these apart (p = {p:.2g}): "
         f"a difference of {abs(rate_a - rate_b):.1%} needs about {needed} each."

@@ -18,7 +18,6 @@ from wallvla.evaluation.closed_loop import (
     format_summary,
     run_episode,
     summarize,
-    wilson_interval,
 )
 from wallvla.evaluation.demonstrations import RETRY_STRIDE, GroundingSample, record_demonstrations, record_scenes
 from wallvla.evaluation.grounding import box_iou, evaluate_grounding, grounding_prompt
@@ -43,6 +42,7 @@ from wallvla.evaluation.policy import (
     build_policy,
     check_chunk,
 )
+from wallvla.evaluation.statistics import wilson_interval
 from wallvla.evaluation.video import write_video
 from wallvla.evaluation.workers import WorkerError
 
@@ -346,7 +346,7 @@ def test_hub_policy_noise_follows_from_seed_episode_and_call(envs):
 
 
 def test_unknown_policy_kind():
-    with pytest.raises(ValueError, match="'hub', 'expert' or 'random'"):
+    with pytest.raises(ValueError, match="'hub', 'remote', 'expert' or 'random'"):
         build_policy({"kind": "oracle"}, None)
 
 
@@ -475,7 +475,7 @@ def test_wilson_interval_against_known_values():
 
 
 def test_summary_pools_tasks():
-    base = {"policy": "p", "steps": 10, "policy_calls": 2, "policy_seconds": 0.01}
+    base = {"policy": "p", "progress": 0.5, "steps": 10, "policy_calls": 2, "policy_seconds": 0.01}
     episodes = [{**base, "task": task, "success": task == "a"} for task in ("a", "a", "b", "b")]
     summary = summarize(episodes)["p"]
     assert summary["a"]["rate"] == 1 and summary["b"]["rate"] == 0 and summary["all"]["rate"] == 0.5
