@@ -9,6 +9,7 @@ Units: state = end-effector x, y, z in metres + gripper opening in [0, 1]; actio
 effort, all in [-1, 1] (1 moves the set point by 1 cm), 80 actions a second.
 """
 
+import ctypes
 import difflib
 import os
 import pickle
@@ -36,7 +37,7 @@ EVALUATION_SEED_START = 1_000_000
 
 RENDERING_HELP = (
     "MuJoCo cannot render on this machine: neither EGL nor OSMesa is usable. "
-    "Install one (Debian, Ubuntu): apt-get install -y libegl1 libgl1-mesa-dri\n"
+    "Install one (Debian, Ubuntu): apt-get install -y libegl1 libgl1-mesa-dri libopengl0\n"
     "(If it is installed: something imported mujoco earlier with another backend; set MUJOCO_GL=egl.)"
 )
 
@@ -187,7 +188,7 @@ def _import_mujoco() -> ModuleType:
         import mujoco
     except ModuleNotFoundError as error:
         raise ImportError("Meta-World evaluation needs the simulator: pip install 'wallvla[sim]'") from error
-    except (ImportError, AttributeError) as error:  # PyOpenGL says it in either way
+    except (ImportError, AttributeError, ctypes.ArgumentError) as error:  # PyOpenGL says it in any of these ways
         raise RuntimeError(f"{RENDERING_HELP}\nMuJoCo says: {error}") from error
     return mujoco
 
