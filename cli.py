@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -10,6 +11,10 @@ EXAMPLES = {
     "quickstart": "wallvla quickstart --output runs/quickstart",
     "train": "wallvla train --config examples/finetune_lerobot.yaml --dataset path/to/dataset",
     "eval": "wallvla eval runs/quickstart/hub --env metaworld/button-press-topdown-v3 --episodes 50",
+    "replay": "wallvla replay runs/eval-hub --task drawer-open-v3 --seed 1000007",
+    "report": "wallvla report runs/eval-a runs/eval-b --reference wall-oss-0.5",
+    "score": "wallvla score trials.jsonl --task fruit_sorting --policy wall-oss --operator ada",
+    "blind": "wallvla blind create study --models a b c --tasks stack_bowls wipe_board --group-size 3 --trials 10",
     "sample": "wallvla sample runs/quickstart/hub --dataset runs/quickstart/dataset --index 100",
     "stats": "wallvla stats runs/quickstart/dataset --output robot.json",
 }
@@ -17,6 +22,10 @@ SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
     "train": "co-train a checkpoint on a LeRobot dataset",
     "eval": "success rate of a checkpoint in a simulator, with 95% intervals",
+    "replay": "run an episode of an evaluation again from its seed, with a video, and check that it goes the same way",
+    "report": "a report of one evaluation, or of two side by side with tests (HTML, Markdown, JSON)",
+    "score": "score trials on a real robot by rubric, in the terminal or in a browser; 31 + 4 published rubrics",
+    "blind": "grouped blind ensemble: compare models on a robot without knowing which one is running",
     "sample": "one action chunk for a recorded observation, or the answer to a question about an image",
     "stats": "normalisation statistics of a dataset, as an embodiment file",
 }
@@ -82,54 +91,24 @@ def _train(arguments: list[str]) -> None:
     print(f"wrote {fine_tune(options, args)}")
 
 
-def _eval(arguments: list[str]) -> None:
-    from .evaluation.closed_loop import closed_loop_spec, evaluate, format_summary
-    from .evaluation.metaworld import CONTROL_FREQUENCY
+def _evaluation_command(name: str) -> Callable[[list[str]], None]:
+    """A command whose options and call are in `evaluation/commands.py`."""
 
-    parser = _finish(argparse.ArgumentParser(), "eval")
-    parser.add_argument("path", help="checkpoint folder or Hub id")
-    parser.add_argument("--env", nargs="+", required=True, help="metaworld/TASK, one or more")
-    parser.add_argument("--embodiment", default="metaworld_sawyer", help="robot of the checkpoint")
-    parser.add_argument("--episodes", type=int, default=50, help="episodes of each task")
-    parser.add_argument("--execute-steps", type=int, default=4, help="actions of a chunk before the next observation")
-    parser.add_argument(
-        "--max-steps", type=int, default=200, help=f"steps of an episode, {CONTROL_FREQUENCY} a second"
-    )
-    parser.add_argument("--image-size", type=int, default=64, help="pixels of a camera image")
-    parser.add_argument("--num-inference-steps", type=int, help="Euler steps; default: the checkpoint's own")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--num-processes", type=int, default=2)
-    parser.add_argument("--baselines", action="store_true", help="also the scripted expert and a random policy")
-    parser.add_argument("--videos", type=int, default=0, help="videos of each task")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the checkpoint's own code instead of the installed one"
-    )
-    parser.add_argument("--output", help="folder of the results; default: runs/eval-NAME")
-    options = parser.parse_args(_read_config(parser, arguments))
-    tasks = []
-    for name in options.env:
-        family, _, task = name.partition("/")
-        if family != "metaworld" or not task:
-            parser.error(f"--env {name}: only metaworld/TASK is known, for instance metaworld/reach-v3")
-        tasks.append(task)
-    path = str(Path(options.path).resolve()) if Path(options.path).is_dir() else options.path
-    checkpoint = {"kind": "hub", "path": path, "embodiment": options.embodiment, "device": options.device}
-    policies = {"policy": {**checkpoint, "num_inference_steps": options.num_inference_steps}}
-    if options.baselines:
-        policies |= {"scripted expert": {"kind": "expert"}, "random policy": {"kind": "random"}}
-    spec = closed_loop_spec(
-        policies,
-        tasks,
-        options.episodes,
-        image_size=options.image_size,
-        execute_steps=options.execute_steps,
-        max_steps=options.max_steps,
-        videos_per_task=options.videos,
-        trust_remote_code=options.trust_remote_code,
-    )
-    output = Path(options.output or f"runs/eval-{Path(path).name}")
-    print(format_summary(evaluate(spec, output, options.num_processes)["summary"]))
-    print(f"wrote {output / 'results.json'}")
+    def command(arguments: list[str]) -> None:
+        from .evaluation import commands
+
+        add_options, run = {
+            "eval": (commands.eval_options, commands.run_eval),
+            "replay": (commands.replay_options, commands.run_replay),
+            "report": (commands.report_options, commands.run_report),
+            "score": (commands.score_options, commands.run_score),
+            "blind": (commands.blind_options, commands.run_blind),
+        }[name]
+        parser = _finish(argparse.ArgumentParser(), name)
+        add_options(parser)
+        run(parser.parse_args(_read_config(parser, arguments)))
+
+    return command
 
 
 def _sample(arguments: list[str]) -> None:
@@ -195,7 +174,17 @@ def _stats(arguments: list[str]) -> None:
     print(f"wrote {options.output}")
 
 
-COMMANDS = {"quickstart": _quickstart, "train": _train, "eval": _eval, "sample": _sample, "stats": _stats}
+COMMANDS = {
+    "quickstart": _quickstart,
+    "train": _train,
+    "eval": _evaluation_command("eval"),
+    "replay": _evaluation_command("replay"),
+    "report": _evaluation_command("report"),
+    "score": _evaluation_command("score"),
+    "blind": _evaluation_command("blind"),
+    "sample": _sample,
+    "stats": _stats,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

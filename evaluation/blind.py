@@ -81,7 +81,7 @@ def plan_study(
 
 def _draw_alias(rng: np.random.Generator, taken: Mapping[str, str]) -> str:
     while True:
-        alias = "".join(rng.choice(list(ALIAS_LETTERS), 4))
+        alias = "".join(ALIAS_LETTERS[index] for index in rng.integers(len(ALIAS_LETTERS), size=4))
         if alias not in taken:
             return alias
 
@@ -581,3 +581,38 @@ def _compare_all(summary: Mapping[str, Mapping]) -> list[dict]:
     return [
         {**result, "p_holm": corrected[name], "different": corrected[name] < 0.05} for name, result in results.items()
     ]
+
+
+class BlindGate:
+    """The running trial's policy as one policy, for a policy server that the robot stays connected to.
+
+        with policy_server(lambda: gate, port=8900): ...
+
+    Args:
+        study: the open study; `start_next` decides what runs.
+        dispatcher: of the same study.
+        cameras: as of the dispatcher.
+    """
+
+    def __init__(self, study: BlindStudy, dispatcher: BlindDispatcher, cameras: Sequence[str]) -> None:
+        self.cameras = tuple(cameras)
+        self._study, self._dispatcher = study, dispatcher
+        self._policy: BlindPolicy | None = None
+
+    def reset(self, seed: int = 0) -> None:
+        """Takes the policy of the running trial. The trial's own seed is used: the robot's could tell trials apart.
+
+        Raises:
+            BlindError: no trial is running.
+        """
+        trial = self._study.running
+        if trial is None:
+            raise BlindError("No trial is running: the operator starts one first.")
+        self._policy = self._dispatcher.policy(self._study._public(trial)["alias"])
+        self._policy.reset(trial_seed(trial))
+
+    def act(self, observation: dict, instruction: str) -> np.ndarray:
+        """The next actions; see `BlindPolicy.act`."""
+        if self._policy is None or self._study.running is None:
+            raise BlindError("No trial is running, or it was not reset: the robot sends reset first.")
+        return self._policy.act(observation, instruction)

@@ -1,6 +1,7 @@
 """What acts: a checkpoint from the Hub layout, two baselines, and two controls that take information away.
 
-An observation is what `environments.Environment.observe` returns: `{"images": {camera: uint8 (h, w, 3)}, "state": float32 (S,)}`.
+An observation is what `environments.Environment.observe` returns:
+`{"images": {camera: uint8 (h, w, 3)}, "state": float32 (S,)}`.
 """
 
 import functools

@@ -9,7 +9,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).with_name("published")
 WARNING = (
-    "Published figures, obtained under different conditions (robots or simulators, scenes, numbers of trials, judges). "
+    "Published figures, obtained under different conditions (robots or simulators, scenes, trials, judges). "
     "They are shown for orientation; differences to this run mean nothing by themselves."
 )
 

@@ -32,10 +32,11 @@ th{color:var(--dim);font-weight:600}th:first-child,td:first-child,.text{text-ali
 .chart{display:grid;grid-template-columns:minmax(7rem,max-content) 1fr max-content;gap:.35rem .8rem;align-items:center;
 font-size:.9rem;max-width:46rem}.chart svg{width:100%;height:14px;display:block}.chart b{font-weight:600}
 .chart .group{grid-column:1/-1;font-weight:600;margin-top:.6rem}
-.videos{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}video{width:100%;border-radius:6px}
+.videos{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
+video{width:100%;border-radius:6px}
 figure{margin:0}figcaption{font-size:.85rem;color:var(--dim)}code{background:var(--soft);padding:.1rem .3rem}
-@media (max-width:40rem){.chart{grid-template-columns:1fr max-content}.chart svg{grid-column:1/-1;grid-row:auto;order:0}
-.chart .name{grid-column:1}.chart .value{grid-column:2;grid-row:auto}.chart .bar{grid-column:1/-1}}
+@media (max-width:40rem){.chart{grid-template-columns:1fr max-content;grid-auto-flow:dense}
+.chart .name{grid-column:1}.chart .value{grid-column:2}.chart .bar{grid-column:1/-1}}
 """
 
 
@@ -76,8 +77,8 @@ def run_report(run: Mapping, references: Sequence[str] = ()) -> dict:
         _summary_table(run["summary"]),
         {
             "kind": "text",
-            "text": "Intervals are Wilson's, 95%. Progress is the best of an episode, 0 to 100, on the simulator's own "
-            "scale; steps are those of the successes.",
+            "text": "Intervals are Wilson's, 95%. Progress is the best of an episode, 0 to 100, on the scale of the "
+            "simulator; steps are those of the successes.",
         },
     ]
     comparisons = _compare_policies(run)
@@ -156,8 +157,8 @@ def comparison_report(
         blocks.append({"kind": "note", "text": f"The two runs had different rules: {'; '.join(differing)}."})
     if total is not None:
         interval = f"[{total['low']:+.1%}, {total['high']:+.1%}]"
-        text = f"Over {total['trials']} common scenes A minus B is {total['difference']:+.1%} {interval}. {total['advice']}"
-        blocks.append({"kind": "lead", "text": text})
+        lead = f"Over {total['trials']} common scenes A minus B is {total['difference']:+.1%} {interval}."
+        blocks.append({"kind": "lead", "text": f"{lead} {total['advice']}"})
     blocks += [
         {"kind": "heading", "text": "By task"},
         {"kind": "chart", "rows": _pair_chart(rows)},
@@ -165,7 +166,7 @@ def comparison_report(
         {
             "kind": "text",
             "text": "p: McNemar's exact test on pairs with the same seed, Fisher's exact test where there are none; "
-            "Holm: corrected for the number of tasks; intervals: 95% bootstrap within tasks (pairs), Newcombe (others).",
+            "Holm: corrected for the number of tasks; intervals: 95%, bootstrap for pairs, else Newcombe.",
         },
         *({"kind": "text", "text": f"{row['task']}: {row['advice']}"} for row in rows),
     ]
@@ -250,11 +251,10 @@ def _write(report: Mapping, folder: Path) -> dict[str, Path]:
 def _conditions(spec: Mapping) -> str:
     first, last = spec["seed0"], spec["seed0"] + spec["episodes_per_task"] - 1
     limit = "the environment's limit" if spec["max_steps"] is None else f"{spec['max_steps']} steps"
-    tasks = len(spec["tasks"])
     return (
-        f"{tasks} task{'s' * (tasks > 1)}, {spec['episodes_per_task']} episodes each (seeds {first} to {last}, none used "
-        f"in training), {limit}, {spec['execute_steps']} actions of a chunk executed, {spec['settle_steps']} settle "
-        f"steps, images of {spec['image_size']} px."
+        f"tasks: {len(spec['tasks'])}, {spec['episodes_per_task']} episodes each (seeds {first} to {last}, none of "
+        f"them used in training), {limit}, {spec['execute_steps']} actions of a chunk executed, "
+        f"{spec['settle_steps']} settle steps, images of {spec['image_size']} px."
     )
 
 

@@ -188,14 +188,17 @@ def trials_to_tell_apart(rate_a: float, rate_b: float) -> int | None:
 
 
 def smallest_difference(trials: int, rate: float = 0.5) -> float:
-    """The drop from `rate` that `trials` trials of each policy find 8 times in 10; up to `rate` itself."""
+    """The distance from `rate`, towards the farther end, that `trials` trials of each policy find 8 times in 10.
+
+    At most the distance to that end, also where even that is not found.
+    """
     if trials < 1:
         raise ValueError(f"trials must be positive, got {trials}.")
+    room = rate if rate >= 0.5 else rate - 1
     for step in range(1, 1001):
-        other = rate * (1 - step / 1000)
-        if trials_to_tell_apart(rate, other) <= trials:
-            return rate - other
-    return rate
+        if trials_to_tell_apart(rate, rate - room * step / 1000) <= trials:
+            return abs(room) * step / 1000
+    return abs(room)
 
 
 def advice(rate_a: float, rate_b: float, trials: int, p: float) -> str:
@@ -205,7 +208,7 @@ def advice(rate_a: float, rate_b: float, trials: int, p: float) -> str:
     needed = trials_to_tell_apart(rate_a, rate_b)
     if needed is None:
         hidden = smallest_difference(trials, rate_a)
-        return f"{trials} trials each show no difference; a drop of less than {hidden:.0%} could hide in them."
+        return f"{trials} trials each show no difference; one of less than {hidden:.0%} could hide in them."
     if needed <= trials:
         return (
             f"{trials} trials each cannot tell these apart (p = {p:.2g}), though they might: repeat with other seeds."

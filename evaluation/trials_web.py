@@ -1,4 +1,4 @@
-"""The scoring form for operators in a browser: one page, served on the loopback interface, no request to anywhere else.
+"""The scoring form for operators in a browser: one page on the loopback interface, without a request to anywhere else.
 
     TrialForm("trials.jsonl", port=8080).serve_forever()
 
@@ -22,9 +22,11 @@ MAX_BODY = 1 << 16  # bytes of a form
 PAGE_STYLE = """
 *{box-sizing:border-box}body{margin:0;font:17px/1.45 system-ui,sans-serif;color:#1d2433;background:#f5f7fa}
 main{max-width:38rem;margin:0 auto;padding:1rem}h1{font-size:1.3rem}label{display:block;margin:.9rem 0 .2rem}
-input,select,textarea,button{font:inherit;padding:.6rem;width:100%;border:1px solid #b9c1ce;border-radius:8px;background:#fff}
-button{background:#1f5f86;color:#fff;border:0;margin-top:1.2rem;font-weight:600}fieldset{border:0;padding:0;margin:1rem 0 0}
-legend{font-weight:600;padding:0}.choices{display:flex;flex-wrap:wrap;gap:.4rem}.choices label{margin:0;flex:1 0 3.2rem}
+input,select,textarea,button{font:inherit;padding:.6rem;width:100%;border:1px solid #b9c1ce;border-radius:8px;
+background:#fff}button{background:#1f5f86;color:#fff;border:0;margin-top:1.2rem;font-weight:600}
+fieldset{border:0;padding:0;margin:1rem 0 0}
+legend{font-weight:600;padding:0}.choices{display:flex;flex-wrap:wrap;gap:.4rem}
+.choices label{margin:0;flex:1 0 3.2rem}
 .choices input{position:absolute;opacity:0;width:1px}.choices span{display:block;text-align:center;padding:.65rem 0;
 border:1px solid #b9c1ce;border-radius:8px;background:#fff}.choices input:checked+span{background:#1f5f86;color:#fff}
 .choices input:focus-visible+span{outline:3px solid #e0a030}.dim{color:#5b6475;font-size:.95rem}
