@@ -30,7 +30,8 @@ h2{font-size:1.15rem;margin:2.2rem 0 .6rem}p{margin:.5rem 0;max-width:46rem}.dim
 th,td{padding:.3rem .7rem .3rem 0;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th{color:var(--dim);font-weight:600}th:first-child,td:first-child,.text{text-align:left}
 .chart{display:grid;grid-template-columns:minmax(7rem,max-content) 1fr max-content;gap:.35rem .8rem;align-items:center;
-font-size:.9rem;max-width:46rem;margin:0 0 1.4rem}.chart svg{width:100%;height:14px;display:block}.chart b{font-weight:600}
+font-size:.9rem;max-width:46rem;margin:0 0 1.4rem}.chart svg{width:100%;height:14px;
+display:block}.chart b{font-weight:600}
 .chart .group{grid-column:1/-1;font-weight:600;margin-top:.6rem}
 .videos{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
 video{width:100%;border-radius:6px}
