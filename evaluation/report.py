@@ -384,7 +384,10 @@ def _reference_blocks(name: str) -> list[dict]:
         )
         caption = f"{where}: {table['title']} ({table['metric']}; {table['conditions']})"
         blocks.append({"kind": "text", "text": caption})
-        blocks.append({"kind": "table", "columns": table["columns"], "rows": table["rows"], "texts": 1})
+        texts = sum(
+            any(isinstance(row[index], str) for row in table["rows"]) for index in range(len(table["columns"]))
+        )
+        blocks.append({"kind": "table", "columns": table["columns"], "rows": table["rows"], "texts": max(1, texts)})
     return blocks
 
 
@@ -454,9 +457,7 @@ def render_html(blocks: Sequence[Mapping]) -> str:
 
 
 def _cell(value) -> str:
-    if value is None:
-        return "-"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else str(value)
 
 
 def _html_table(block: Mapping) -> str:

@@ -164,6 +164,12 @@ def test_train_from_the_example_file(run, tmp_path, capsys):
     assert (output / "model.safetensors").exists() and (output / "modeling_wallvla.py").exists()
 
 
+def test_open_loop_of_a_dataset(run, tmp_path, capsys):
+    folder, _ = run
+    arguments = f"open-loop {folder / 'hub'} --dataset {folder / 'dataset'} --every 40 --output {tmp_path} --episodes"
+    assert "got 1 demonstrations" in fails(capsys, *arguments.split(), "0")
+
+
 def test_eval_writes_results(run, tmp_path, capsys):
     folder, _ = run
     output = tmp_path / "eval"
