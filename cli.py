@@ -19,6 +19,11 @@ EXAMPLES = {
     "data bridge": "wallvla data bridge runs/quickstart/hub --env metaworld/drawer-open-v3 --output bridge.parquet",
     "data clean": "wallvla data clean runs/quickstart/dataset --output clean.json --dry-run",
     "serve": "wallvla serve runs/quickstart/hub --port 8000 --record runs/served",
+    "replay": "wallvla replay runs/eval-hub --task drawer-open-v3 --seed 1000007",
+    "report": "wallvla report runs/eval-a runs/eval-b --reference wall-oss-0.5",
+    "score": "wallvla score trials.jsonl --task fruit_sorting --policy wall-oss --operator ada",
+    "blind": "wallvla blind create study --models a b c --tasks stack_bowls wipe_board --group-size 3 --trials 10",
+    "open-loop": "wallvla open-loop runs/quickstart/hub --dataset held_out --episodes 0 1 2",
 }
 SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
@@ -33,6 +38,11 @@ SUMMARIES = {
     "data bridge": "questions about the robot's own view, from a simulator or a LeRobot dataset",
     "data clean": "which frames of a LeRobot dataset to train on; the dataset itself is not changed",
     "serve": "policy server for robots; openpi's client can talk to it",
+    "replay": "run an episode of an evaluation again from its seed, with a video, and check that it goes the same way",
+    "report": "a report of one evaluation, or of two side by side with tests (HTML, Markdown, JSON)",
+    "score": "score trials on a real robot by rubric, in the terminal or in a browser; 31 + 4 published rubrics",
+    "blind": "grouped blind ensemble: compare models on a robot without knowing which one is running",
+    "open-loop": "errors along recorded episodes, and whether the policy looks at images, instruction and state",
 }
 
 
@@ -445,6 +455,78 @@ def _serve(arguments: list[str]) -> None:
     serve_checkpoints(options, LeRobotWriter)
 
 
+def _evaluation_command(name: str) -> Callable[[list[str]], None]:
+    """A command whose options and call are in `evaluation/commands.py`."""
+
+    def command(arguments: list[str]) -> None:
+        from .evaluation import commands
+
+        add_options, run = {
+            "eval": (commands.eval_options, commands.run_eval),
+            "replay": (commands.replay_options, commands.run_replay),
+            "report": (commands.report_options, commands.run_report),
+            "score": (commands.score_options, commands.run_score),
+            "blind": (commands.blind_options, commands.run_blind),
+        }[name]
+        parser = _finish(argparse.ArgumentParser(), name)
+        add_options(parser)
+        run(parser.parse_args(_read_config(parser, arguments)))
+
+    return command
+
+
+def _open_loop(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "open-loop")
+    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument("--dataset", required=True, help="LeRobot dataset folder; take episodes it was not trained on")
+    parser.add_argument("--episodes", type=int, nargs="+", required=True, help="numbers of two or more episodes")
+    parser.add_argument("--embodiment", help="robot of the checkpoint; default: its only one")
+    parser.add_argument("--every", type=int, default=8, help="steps between two predictions")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise, two or more")
+    parser.add_argument("--num-inference-steps", type=int, help="Euler steps; default: the checkpoint's own")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", default="runs/open-loop", help="folder of the figures and report.json")
+    options = parser.parse_args(_read_config(parser, arguments))
+    from . import register_auto_classes
+    from .data.lerobot import LeRobotDataset
+    from .evaluation.demonstrations import demonstrations_of
+    from .evaluation.open_loop import format_open_loop, format_probes, open_loop_report, predict_demonstration
+    from .evaluation.plots import plot_open_loop, plot_open_loop_report
+    from .evaluation.policy import HubPolicy
+    from .modeling_wallvla import WallVLAForConditionalGeneration
+    from .processing_wallvla import WallVLAProcessor
+
+    register_auto_classes()
+    processor = WallVLAProcessor.from_pretrained(options.path)
+    name = options.embodiment or next(iter(processor.embodiments))
+    if name not in processor.embodiments:
+        parser.error(f"--embodiment {name}: the checkpoint knows {', '.join(processor.embodiments)}")
+    robot = processor.embodiments[name]
+    dataset = LeRobotDataset(
+        options.dataset,
+        embodiment=name,
+        cameras=list(robot.cameras),
+        action_horizon=robot.action_horizon,
+        episodes=options.episodes,
+    )
+    model = WallVLAForConditionalGeneration.from_pretrained(options.path).to(options.device)
+    policy = HubPolicy(model, processor, name, options.num_inference_steps)
+    demonstrations = demonstrations_of(dataset)
+    names = dataset.features["action"].get("names")
+    names = names if isinstance(names, list) else [str(index) for index in range(dataset.actions.shape[1])]
+    units = ["robot unit"] * len(names)
+    report = open_loop_report(policy, demonstrations, names, options.every, options.seeds)
+    output = Path(options.output)
+    chunks = predict_demonstration(policy, demonstrations[0], options.every)
+    title = f"{demonstrations[0].instruction} (episode {options.episodes[0]})"
+    plot_open_loop(*chunks, names, units, dataset.fps, output / "chunks.png", title)
+    plot_open_loop_report(report, units, output / "report.png", str(options.path))
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(format_open_loop(report["metrics"], units))
+    print(format_probes(report["probes"]))
+    print(f"wrote {output / 'report.json'}, report.png, chunks.png")
+
+
 COMMANDS = {
     "quickstart": _quickstart,
     "train": _train,
@@ -458,6 +540,11 @@ COMMANDS = {
     "data clean": _data_clean,
     "data bridge": _data_bridge,
     "serve": _serve,
+    "replay": _evaluation_command("replay"),
+    "report": _evaluation_command("report"),
+    "score": _evaluation_command("score"),
+    "blind": _evaluation_command("blind"),
+    "open-loop": _open_loop,
 }
 
 
