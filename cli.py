@@ -12,6 +12,9 @@ EXAMPLES = {
     "eval": "wallvla eval runs/quickstart/hub --env metaworld/button-press-topdown-v3 --episodes 50",
     "sample": "wallvla sample runs/quickstart/hub --dataset runs/quickstart/dataset --index 100",
     "stats": "wallvla stats runs/quickstart/dataset --output robot.json",
+    "eval-grounding": "wallvla eval-grounding runs/quickstart/hub --benchmark simulator/unseen simulator/colors",
+    "demo": "wallvla demo runs/quickstart/hub",
+    "push": "wallvla push runs/quickstart/hub OWNER/NAME",
 }
 SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
@@ -19,6 +22,9 @@ SUMMARIES = {
     "eval": "success rate of a checkpoint in a simulator, with 95% intervals",
     "sample": "one action chunk for a recorded observation, or the answer to a question about an image",
     "stats": "normalisation statistics of a dataset, as an embodiment file",
+    "eval-grounding": "points, boxes and visual questions: a checkpoint beside a baseline",
+    "demo": "the Space in your browser, for a checkpoint on this machine",
+    "push": "a model, Space, kernel or dataset folder to the Hub",
 }
 
 
@@ -191,14 +197,88 @@ def _stats(arguments: list[str]) -> None:
     print(f"wrote {options.output}")
 
 
-COMMANDS = {"quickstart": _quickstart, "train": _train, "eval": _eval, "sample": _sample, "stats": _stats}
+def _eval_grounding(arguments: list[str]) -> None:
+    from .grounding_report import SIMULATOR, GroundingOptions, evaluate_checkpoints, format_results
+    from .quickstart import DEFAULT_TASKS
+
+    parser = _finish(argparse.ArgumentParser(), "eval-grounding")
+    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument(
+        "--benchmark", nargs="+", default=list(SIMULATOR), help=f"{', '.join(SIMULATOR)}, or NAME=PATH of local files"
+    )
+    parser.add_argument("--baseline", help="another checkpoint, or any image-text-to-text model of transformers")
+    parser.add_argument("--baseline-scale", type=float, help="full width in its coordinates; default: pixels it sees")
+    parser.add_argument("--kind", choices=("box", "point"), default="box", help="of the simulator's questions")
+    parser.add_argument("--task", nargs="+", default=list(DEFAULT_TASKS), help="Meta-World tasks of the simulator")
+    parser.add_argument("--scenes", type=int, default=20, help="scenes of each task")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels of a rendered image")
+    parser.add_argument("--constrained", action="store_true", help="decode well-formed coordinates only")
+    parser.add_argument("--limit", type=int, help="questions of each public benchmark; default: all")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
+    parser.add_argument("--output", help="folder of the results; default: runs/grounding-NAME")
+    options = parser.parse_args(_read_config(parser, arguments))
+    values = vars(options)
+    output = Path(values.pop("output") or f"runs/grounding-{Path(options.path).name}")
+    renamed = {"benchmarks": values.pop("benchmark"), "tasks": values.pop("task")}
+    del values["config"]
+    print(format_results(evaluate_checkpoints(GroundingOptions(**values, **renamed), output)["results"]))
+    print(f"wrote {output / 'results.json'}")
+
+
+def _demo(arguments: list[str]) -> None:
+    import os
+    import runpy
+
+    parser = _finish(argparse.ArgumentParser(), "demo")
+    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument("--compare", nargs="+", default=[], help="more checkpoints, for the tab that compares")
+    parser.add_argument("--port", type=int, default=7860)
+    options = parser.parse_args(_read_config(parser, arguments))
+    try:
+        import gradio
+    except ModuleNotFoundError:
+        parser.error("the demo needs gradio: pip install 'wallvla[space]'")
+    for path in (options.path, *options.compare):
+        if path.startswith((".", "/", "~")) and not (Path(path) / "config.json").is_file():
+            parser.error(f"{path} is no checkpoint: it has no config.json")
+    os.environ |= {"WALLVLA_MODEL": options.path, "WALLVLA_COMPARE": ",".join(options.compare)}
+    space = runpy.run_path(str(Path(__file__).parent / "spaces" / "grounding" / "app.py"))
+    print(f"gradio {gradio.__version__}; stop with Ctrl-C")
+    space["create_app"]().launch(**space["LAUNCH_OPTIONS"], server_port=options.port)
+
+
+def _push(arguments: list[str]) -> None:
+    from .publish import push
+
+    parser = _finish(argparse.ArgumentParser(), "push")
+    parser.add_argument("path", help="folder of a model, Space, kernel or LeRobot dataset")
+    parser.add_argument("repo_id", help="OWNER/NAME on the Hub")
+    parser.add_argument("--model", help="of a Space: the repository that it shows")
+    parser.add_argument("--license", help="of a dataset without a card, such as mit")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    options = parser.parse_args(_read_config(parser, arguments))
+    print(f"pushed to {push(options.path, options.repo_id, options.model, options.license, options.private)}")
+
+
+COMMANDS = {
+    "quickstart": _quickstart,
+    "train": _train,
+    "eval": _eval,
+    "sample": _sample,
+    "stats": _stats,
+    "eval-grounding": _eval_grounding,
+    "demo": _demo,
+    "push": _push,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `wallvla` command. Errors of the user's input end in one message and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<12}{SUMMARIES[name]}" for name in COMMANDS]
+        lines = [f"  {name:<16}{SUMMARIES[name]}" for name in COMMANDS]
         print("usage: wallvla COMMAND [options]\n\n" + "\n".join(lines) + "\n\nexample:\n  wallvla quickstart")
         print("\n`wallvla COMMAND --help` shows the options of a command and an example.")
         return

@@ -313,7 +313,7 @@ def test_other_tabs_in_a_browser(browser, url, artifacts, screen, size):
     page.page.wait_for_timeout(800)
     page.page.screenshot(path=artifacts / f"{screen}-compare.png", full_page=True)
 
-    panel = page.tab("What is here?")
+    panel = page.tab("Click")
     page.upload(panel, EXAMPLES / "window.png")
     picture = panel.locator("img").first
     box = picture.bounding_box()

@@ -64,7 +64,7 @@ PRESETS = [
     ("window.png", "point", "window handle"),
 ]
 CSS = """
-.gradio-container {max-width: 1180px !important}
+.gradio-container {max-width: 1180px !important; margin: 0 auto !important}
 .note p {font-size: var(--text-md)}
 .picture img {object-fit: contain}
 """
@@ -441,7 +441,7 @@ def plot_path(observation: Observation, positions: np.ndarray) -> Image.Image:
     limits = [(center - half, center + half) for center in middle]
     axis.set(xlim=limits[0], ylim=limits[1], zlim=limits[2], xlabel="x [cm]", ylabel="y [cm]", zlabel="z [cm]")
     axis.tick_params(labelsize=8)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure_picture(figure)
 
 
@@ -470,17 +470,33 @@ def plot_curves(observation: Observation, actions: np.ndarray, frequency: float)
 # --- page
 
 
-def _picture(label: str, **options) -> gr.Image:
-    return gr.Image(label=label, type="filepath", format="png", height=380, elem_classes="picture", **options)
+def _picture(label: str) -> gr.Image:
+    return gr.Image(
+        label=label,
+        type="filepath",
+        format="png",
+        height=380,
+        sources=["upload", "clipboard"],
+        elem_classes="picture",
+        buttons=["fullscreen"],
+    )
 
 
 def _result(label: str) -> gr.Image:
-    return gr.Image(label=label, type="pil", format="png", interactive=False, height=420, elem_classes="picture")
+    return gr.Image(
+        label=label,
+        type="pil",
+        format="png",
+        interactive=False,
+        height=420,
+        elem_classes="picture",
+        buttons=["download", "fullscreen"],
+    )
 
 
 def _question_inputs() -> list[gr.components.Component]:
     """Picture, kind of question, words, and whether to constrain."""
-    image = _picture("Picture", sources=["upload", "clipboard"])
+    image = _picture("Picture")
     kind = gr.Dropdown(KINDS, value="box", label="What do you want?")
     subject = gr.Textbox(label="Of what, or for which task?", placeholder="button", lines=1)
     constrained = gr.Checkbox(False, label="Force well-formed coordinates (the model cannot decline then)")
@@ -489,7 +505,10 @@ def _question_inputs() -> list[gr.components.Component]:
 
 def _presets(inputs: list[gr.components.Component]) -> None:
     rows = [[str(EXAMPLES / file), kind, subject] for file, kind, subject in PRESETS]
-    gr.Examples(rows, inputs[:3], label="Examples from the simulator", examples_per_page=6)
+    words = {kind: label for label, kind in KINDS}
+    # Labels, because a table with pictures is wider than a phone
+    labels = [f"{words[kind]}: {subject}" for _, kind, subject in PRESETS]
+    gr.Examples(rows, inputs[:3], label="Examples from the simulator", example_labels=labels)
 
 
 def _ask_tab() -> None:
@@ -500,7 +519,7 @@ def _ask_tab() -> None:
         with gr.Column(min_width=300):
             picture = _result("Answer")
             line = gr.Markdown(elem_classes="note")
-            words = gr.Textbox(label="Raw text of the model", lines=2, buttons=["copy"])
+            words = gr.Textbox(label="Raw text of the model", lines=2)
             with gr.Accordion("Coordinates in pixels of the picture", open=False):
                 found = gr.JSON(show_label=False)
     _presets(inputs)
@@ -540,7 +559,7 @@ def _compare_tab() -> None:
 def _click_tab() -> None:
     with gr.Row():
         with gr.Column(min_width=300):
-            image = _picture("Click into the picture", sources=["upload", "clipboard"])
+            image = _picture("Click into the picture")
             with gr.Row():
                 x = gr.Number(label="x [pixels]", minimum=0, min_width=100)
                 y = gr.Number(label="y [pixels]", minimum=0, min_width=100)
@@ -555,10 +574,9 @@ def _click_tab() -> None:
         return event.index[0], event.index[1]
 
     inputs, outputs = [image, x, y], [picture, words, line]
-    image.select(clicked, None, [x, y], api_visibility="private").then(
-        what_is_at, inputs, outputs, api_visibility="private"
-    )
     button.click(what_is_at, inputs, outputs, api_name="what_is_at")
+    chosen = image.select(clicked, None, [x, y], api_visibility="private")
+    chosen.then(what_is_at, inputs, outputs, api_visibility="private")
 
 
 def _action_tab() -> None:
@@ -591,7 +609,7 @@ def create_app() -> gr.Blocks:
             _ask_tab()
         with gr.Tab("Compare"):
             _compare_tab()
-        with gr.Tab("What is here?"):
+        with gr.Tab("Click"):
             _click_tab()
         with gr.Tab("Actions"):
             _action_tab()
