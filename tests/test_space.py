@@ -236,9 +236,10 @@ class Page:
 
     def error(self, text: str) -> None:
         """Waits for the message with this text and closes it."""
-        toast = self.page.get_by_test_id("toast-body").filter(has_text=text)
-        toast.first.wait_for(timeout=20_000)
-        toast.first.get_by_role("button").first.click()
+        toasts = self.page.get_by_test_id("toast-body")
+        toasts.filter(has_text=text).first.wait_for(timeout=20_000)
+        self.page.get_by_test_id("toast-close").first.click()
+        toasts.first.wait_for(state="hidden", timeout=20_000)
 
     def fits(self) -> bool:
         """Whether nothing is wider than the screen."""

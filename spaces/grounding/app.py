@@ -64,7 +64,7 @@ PRESETS = [
     ("window.png", "point", "window handle"),
 ]
 CSS = """
-.gradio-container {max-width: 1180px !important; margin: 0 auto !important}
+.gradio-container {max-width: 1180px !important; width: 100%; margin: 0 auto !important}
 .note p {font-size: var(--text-md)}
 .picture img {object-fit: contain}
 """
