@@ -260,7 +260,7 @@ def test_altered_scenes_keep_the_truth():
         env.restore_looks()
         assert (env.observe()["images"]["front"] == before).all()
         # One in front of the button box, as seen from the camera
-        towards = np.array([0.75, 0.075, 0.7]) - env.body_position("button")
+        towards = env._env.data.camera("corner2").xpos - env.body_position("button")
         place = env.body_position("button") + 0.3 * towards
         kind = env._mujoco.mjtGeom.mjGEOM_ELLIPSOID
         env._distractors.append((kind, np.full(3, 0.05), place, np.array([0.0, 0.0, 1.0, 1.0])))

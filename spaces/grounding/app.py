@@ -470,8 +470,17 @@ def plot_curves(observation: Observation, actions: np.ndarray, frequency: float)
 # --- page
 
 
-def _picture(label: str) -> gr.Image:
-    return gr.Image(
+class Picture(gr.Image):
+    """An upload that arrives as it is. `gr.Image` opens it first, and what it cannot open it reports as a bug."""
+
+    is_template = True  # for gradio: shown by the same component of the page
+
+    def preprocess(self, payload) -> str | None:
+        return None if payload is None else payload.path
+
+
+def _picture(label: str) -> Picture:
+    return Picture(
         label=label,
         type="filepath",
         format="png",
