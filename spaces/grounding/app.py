@@ -470,17 +470,8 @@ def plot_curves(observation: Observation, actions: np.ndarray, frequency: float)
 # --- page
 
 
-class Picture(gr.Image):
-    """An upload that arrives as it is. `gr.Image` opens it first, and what it cannot open it reports as a bug."""
-
-    is_template = True  # for gradio: shown by the same component of the page
-
-    def preprocess(self, payload) -> str | None:
-        return None if payload is None else payload.path
-
-
-def _picture(label: str) -> Picture:
-    return Picture(
+def _picture(label: str) -> gr.Image:
+    image = gr.Image(
         label=label,
         type="filepath",
         format="png",
@@ -489,6 +480,13 @@ def _picture(label: str) -> Picture:
         elem_classes="picture",
         buttons=["fullscreen"],
     )
+    # Otherwise gradio opens an upload before we can, and reports what it cannot open as a bug of ours
+    image.preprocess = _upload_path
+    return image
+
+
+def _upload_path(payload) -> str | None:
+    return None if payload is None else payload.path
 
 
 def _result(label: str) -> gr.Image:
