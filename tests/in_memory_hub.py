@@ -127,5 +127,5 @@ class _Handler(BaseHTTPRequestHandler):
         if rest == "/variables":
             values = json.loads(data)
             repository.variables[values["key"]] = values["value"]
-            return self._reply(200, [])
+            return self._reply(200, {})
         return self._reply(404, {"error": path})

@@ -489,13 +489,13 @@ def _upload_path(payload) -> str | None:
     return None if payload is None else payload.path
 
 
-def _result(label: str) -> gr.Image:
+def _result(label: str, height: int | None = 420) -> gr.Image:
     return gr.Image(
         label=label,
         type="pil",
         format="png",
         interactive=False,
-        height=420,
+        height=height,
         elem_classes="picture",
         buttons=["download", "fullscreen"],
     )
@@ -531,8 +531,8 @@ def _ask_tab() -> None:
                 found = gr.JSON(show_label=False)
     _presets(inputs)
     outputs = [picture, words, line, found]
-    button.click(ask, inputs, outputs, api_name="ask")
-    inputs[2].submit(ask, inputs, outputs, api_visibility="private")
+    button.click(ask, inputs, outputs, api_name="ask", show_progress_on=picture)
+    inputs[2].submit(ask, inputs, outputs, api_visibility="private", show_progress_on=picture)
 
 
 def _compare_tab() -> None:
@@ -560,7 +560,7 @@ def _compare_tab() -> None:
                     gr.Textbox(label="Raw text", lines=2),
                     gr.Markdown(elem_classes="note"),
                 ]
-    button.click(compare, [*inputs, second], outputs, api_name="compare")
+    button.click(compare, [*inputs, second], outputs, api_name="compare", show_progress_on=[outputs[0], outputs[3]])
 
 
 def _click_tab() -> None:
@@ -581,9 +581,9 @@ def _click_tab() -> None:
         return event.index[0], event.index[1]
 
     inputs, outputs = [image, x, y], [picture, words, line]
-    button.click(what_is_at, inputs, outputs, api_name="what_is_at")
+    button.click(what_is_at, inputs, outputs, api_name="what_is_at", show_progress_on=picture)
     chosen = image.select(clicked, None, [x, y], api_visibility="private")
-    chosen.then(what_is_at, inputs, outputs, api_visibility="private")
+    chosen.then(what_is_at, inputs, outputs, api_visibility="private", show_progress_on=picture)
 
 
 def _action_tab() -> None:
@@ -600,12 +600,13 @@ def _action_tab() -> None:
             picture = _result("Path of the end effector in the picture")
     with gr.Row():
         with gr.Column(min_width=300):
-            space = _result("Path in space")
+            space = _result("Path in space", None)
         with gr.Column(min_width=300):
-            curves = _result("Every channel")
+            curves = _result("Every channel", None)
     with gr.Accordion("Numbers", open=False):
         numbers = gr.JSON(show_label=False)
-    button.click(act, [file, seed], [picture, space, curves, line, numbers], api_name="act")
+    outputs = [picture, space, curves, line, numbers]
+    button.click(act, [file, seed], outputs, api_name="act", show_progress_on=outputs[:3])
 
 
 def create_app() -> gr.Blocks:
