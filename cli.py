@@ -232,8 +232,8 @@ def _eval_grounding(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
+    import importlib.util
     import os
-    import runpy
 
     parser = _finish(argparse.ArgumentParser(), "demo")
     parser.add_argument("path", help="checkpoint folder or Hub id")
@@ -248,9 +248,12 @@ def _demo(arguments: list[str]) -> None:
         if path.startswith((".", "/", "~")) and not (Path(path) / "config.json").is_file():
             parser.error(f"{path} is no checkpoint: it has no config.json")
     os.environ |= {"WALLVLA_MODEL": options.path, "WALLVLA_COMPARE": ",".join(options.compare)}
-    space = runpy.run_path(str(Path(__file__).parent / "spaces" / "grounding" / "app.py"))
+    # A file, not a package: with an __init__.py the folder `spaces` would hide the PyPI package of that name
+    spec = importlib.util.spec_from_file_location("space", Path(__file__).parent / "spaces" / "grounding" / "app.py")
+    space = sys.modules["space"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(space)
     print(f"gradio {gradio.__version__}; stop with Ctrl-C")
-    space["create_app"]().launch(**space["LAUNCH_OPTIONS"], server_port=options.port)
+    space.create_app().launch(**space.LAUNCH_OPTIONS, server_port=options.port)
 
 
 def _push(arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from wallvla import cli
 from wallvla.quickstart import EMBODIMENT, QuickstartConfig, build_model, build_processor, embodiment
 
 
@@ -47,7 +49,7 @@ def app(tmp_path_factory) -> ModuleType:
     patch.setenv("WALLVLA_COMPARE", str(random_checkpoint(folder / "second", 1)))
     spec = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
     module = importlib.util.module_from_spec(spec)
-    patch.setitem(__import__("sys").modules, "space_app", module)
+    patch.setitem(sys.modules, "space_app", module)
     spec.loader.exec_module(module)
     yield module
     patch.undo()
@@ -169,6 +171,22 @@ def test_the_space_needs_nothing_of_ours():
     for package in ("torch", "transformers", "matplotlib", "numpy", "pillow"):
         assert f"\n{package}" in listed
     assert not (SPACE.parent / "__init__.py").exists()
+
+
+def test_demo_command(tmp_path, monkeypatch, capsys):
+    """`wallvla demo` loads what it is told and serves the page; a folder that is no checkpoint is named."""
+    launched = {}
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.update(options, page=self))
+    monkeypatch.setenv("WALLVLA_MODEL", "")  # restored afterwards
+    monkeypatch.setenv("WALLVLA_COMPARE", "")
+    monkeypatch.setitem(sys.modules, "space", None)
+    cli.main(["demo", str(random_checkpoint(tmp_path / "policy", 0)), "--port", "7999"])
+    assert launched["server_port"] == 7999 and launched["ssr_mode"] is False
+    assert isinstance(launched["page"], gr.Blocks)
+    assert [name.rsplit("/")[-1] for name in sys.modules["space"].MODELS] == ["policy"]
+    with pytest.raises(SystemExit):
+        cli.main(["demo", str(tmp_path / "nowhere")])
+    assert "nowhere is no checkpoint" in capsys.readouterr().err
 
 
 # Over HTTP
