@@ -25,6 +25,9 @@ EXAMPLES = {
     "score": "wallvla score trials.jsonl --task fruit_sorting --policy wall-oss --operator ada",
     "blind": "wallvla blind create study --models a b c --tasks stack_bowls wipe_board --group-size 3 --trials 10",
     "open-loop": "wallvla open-loop runs/quickstart/hub --dataset held_out --episodes 0 1 2",
+    "eval-grounding": "wallvla eval-grounding runs/quickstart/hub --benchmark simulator/unseen simulator/colors",
+    "demo": "wallvla demo runs/quickstart/hub",
+    "push": "wallvla push runs/quickstart/hub OWNER/NAME",
 }
 SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
@@ -44,6 +47,9 @@ SUMMARIES = {
     "score": "score trials on a real robot by rubric, in the terminal or in a browser; 31 + 4 published rubrics",
     "blind": "grouped blind ensemble: compare models on a robot without knowing which one is running",
     "open-loop": "errors along recorded episodes, and whether the policy looks at images, instruction and state",
+    "eval-grounding": "points, boxes and visual questions: a checkpoint beside a baseline",
+    "demo": "the Space in your browser, for a checkpoint on this machine",
+    "push": "a model, Space, kernel or dataset folder to the Hub",
 }
 
 
@@ -478,6 +484,124 @@ def _open_loop(arguments: list[str]) -> None:
     print(f"wrote {output / 'report.json'}, report.png, chunks.png")
 
 
+def _eval(arguments: list[str]) -> None:
+    from .evaluation.closed_loop import closed_loop_spec, evaluate, format_summary
+    from .evaluation.metaworld import CONTROL_FREQUENCY
+
+    parser = _finish(argparse.ArgumentParser(), "eval")
+    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument("--env", nargs="+", required=True, help="metaworld/TASK, one or more")
+    parser.add_argument("--embodiment", default="metaworld_sawyer", help="robot of the checkpoint")
+    parser.add_argument("--episodes", type=int, default=50, help="episodes of each task")
+    parser.add_argument("--execute-steps", type=int, default=4, help="actions of a chunk before the next observation")
+    parser.add_argument(
+        "--max-steps", type=int, default=200, help=f"steps of an episode, {CONTROL_FREQUENCY} a second"
+    )
+    parser.add_argument("--image-size", type=int, default=64, help="pixels of a camera image")
+    parser.add_argument("--num-inference-steps", type=int, help="Euler steps; default: the checkpoint's own")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--num-processes", type=int, default=2)
+    parser.add_argument("--baselines", action="store_true", help="also the scripted expert and a random policy")
+    parser.add_argument("--videos", type=int, default=0, help="videos of each task")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the checkpoint's own code instead of the installed one"
+    )
+    parser.add_argument("--output", help="folder of the results; default: runs/eval-NAME")
+    options = parser.parse_args(_read_config(parser, arguments))
+    tasks = []
+    for name in options.env:
+        family, _, task = name.partition("/")
+        if family != "metaworld" or not task:
+            parser.error(f"--env {name}: only metaworld/TASK is known, for instance metaworld/reach-v3")
+        tasks.append(task)
+    path = str(Path(options.path).resolve()) if Path(options.path).is_dir() else options.path
+    checkpoint = {"kind": "hub", "path": path, "embodiment": options.embodiment, "device": options.device}
+    policies = {"policy": {**checkpoint, "num_inference_steps": options.num_inference_steps}}
+    if options.baselines:
+        policies |= {"scripted expert": {"kind": "expert"}, "random policy": {"kind": "random"}}
+    spec = closed_loop_spec(
+        policies,
+        tasks,
+        options.episodes,
+        image_size=options.image_size,
+        execute_steps=options.execute_steps,
+        max_steps=options.max_steps,
+        videos_per_task=options.videos,
+        trust_remote_code=options.trust_remote_code,
+    )
+    output = Path(options.output or f"runs/eval-{Path(path).name}")
+    print(format_summary(evaluate(spec, output, options.num_processes)["summary"]))
+    print(f"wrote {output / 'results.json'}")
+
+
+def _eval_grounding(arguments: list[str]) -> None:
+    from .grounding_report import SIMULATOR, GroundingOptions, evaluate_checkpoints, format_results
+    from .quickstart import DEFAULT_TASKS
+
+    parser = _finish(argparse.ArgumentParser(), "eval-grounding")
+    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument(
+        "--benchmark", nargs="+", default=list(SIMULATOR), help=f"{', '.join(SIMULATOR)}, or NAME=PATH of local files"
+    )
+    parser.add_argument("--baseline", help="another checkpoint, or any image-text-to-text model of transformers")
+    parser.add_argument("--baseline-scale", type=float, help="full width in its coordinates; default: pixels it sees")
+    parser.add_argument("--kind", choices=("box", "point"), default="box", help="of the simulator's questions")
+    parser.add_argument("--task", nargs="+", default=list(DEFAULT_TASKS), help="Meta-World tasks of the simulator")
+    parser.add_argument("--scenes", type=int, default=20, help="scenes of each task")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels of a rendered image")
+    parser.add_argument("--constrained", action="store_true", help="decode well-formed coordinates only")
+    parser.add_argument("--limit", type=int, help="questions of each public benchmark; default: all")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
+    parser.add_argument("--output", help="folder of the results; default: runs/grounding-NAME")
+    options = parser.parse_args(_read_config(parser, arguments))
+    values = vars(options)
+    output = Path(values.pop("output") or f"runs/grounding-{Path(options.path).name}")
+    renamed = {"benchmarks": values.pop("benchmark"), "tasks": values.pop("task")}
+    del values["config"]
+    print(format_results(evaluate_checkpoints(GroundingOptions(**values, **renamed), output)["results"]))
+    print(f"wrote {output / 'results.json'}")
+
+
+def _demo(arguments: list[str]) -> None:
+    import importlib.util
+    import os
+
+    parser = _finish(argparse.ArgumentParser(), "demo")
+    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument("--compare", nargs="+", default=[], help="more checkpoints, for the tab that compares")
+    parser.add_argument("--port", type=int, default=7860)
+    options = parser.parse_args(_read_config(parser, arguments))
+    try:
+        import gradio
+    except ModuleNotFoundError:
+        parser.error("the demo needs gradio: pip install 'wallvla[space]'")
+    for path in (options.path, *options.compare):
+        if path.startswith((".", "/", "~")) and not (Path(path) / "config.json").is_file():
+            parser.error(f"{path} is no checkpoint: it has no config.json")
+    os.environ |= {"WALLVLA_MODEL": options.path, "WALLVLA_COMPARE": ",".join(options.compare)}
+    # A file, not a package: with an __init__.py the folder `spaces` would hide the PyPI package of that name
+    spec = importlib.util.spec_from_file_location("space", Path(__file__).parent / "spaces" / "grounding" / "app.py")
+    space = sys.modules["space"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(space)
+    print(f"gradio {gradio.__version__}; stop with Ctrl-C")
+    space.create_app().launch(**space.LAUNCH_OPTIONS, server_port=options.port)
+
+
+def _push(arguments: list[str]) -> None:
+    from .publish import push
+
+    parser = _finish(argparse.ArgumentParser(), "push")
+    parser.add_argument("path", help="folder of a model, Space, kernel or LeRobot dataset")
+    parser.add_argument("repo_id", help="OWNER/NAME on the Hub")
+    parser.add_argument("--model", help="of a Space: the repository that it shows")
+    parser.add_argument("--license", help="of a dataset without a card, such as mit")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    options = parser.parse_args(_read_config(parser, arguments))
+    print(f"pushed to {push(options.path, options.repo_id, options.model, options.license, options.private)}")
+
+
 COMMANDS = {
     "quickstart": _quickstart,
     "train": _train,
@@ -496,6 +620,9 @@ COMMANDS = {
     "score": _evaluation_command("score"),
     "blind": _evaluation_command("blind"),
     "open-loop": _open_loop,
+    "eval-grounding": _eval_grounding,
+    "demo": _demo,
+    "push": _push,
 }
 
 
@@ -503,7 +630,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `wallvla` command. Errors of the user's input end in one message and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<14}{SUMMARIES[name]}" for name in COMMANDS]
+        lines = [f"  {name:<16}{SUMMARIES[name]}" for name in COMMANDS]
         print("usage: wallvla COMMAND [options]\n\n" + "\n".join(lines) + "\n\nexample:\n  wallvla quickstart")
         print("\n`wallvla COMMAND --help` shows the options of a command and an example.")
         return

@@ -20,7 +20,8 @@ from wallvla.evaluation.closed_loop import (
     summarize,
 )
 from wallvla.evaluation.demonstrations import RETRY_STRIDE, GroundingSample, record_demonstrations, record_scenes
-from wallvla.evaluation.grounding import box_iou, evaluate_grounding, grounding_prompt
+from wallvla.evaluation.grounding import box_iou, evaluate_grounding
+from wallvla.evaluation.grounding_subjects import CheckpointSubject
 from wallvla.evaluation.metaworld import (
     ACTION_NAMES,
     ACTION_UNITS,
@@ -57,6 +58,7 @@ from wallvla.evaluation.policy import (
 from wallvla.evaluation.statistics import wilson_interval
 from wallvla.evaluation.video import write_video
 from wallvla.evaluation.workers import WorkerError
+from wallvla.grounding_wallvla import grounding_prompt, read_answer
 
 
 EVALUATION = Path(__file__).resolve().parents[1] / "evaluation"
@@ -322,9 +324,13 @@ class FakeProcessor:
     def batch_decode(self, tokens):
         return [self.answers[text] for text in self.asked]
 
-    def parse_grounding(self, text, image_size):
+    def grounding_prompt(self, kind, subject):
+        return grounding_prompt(kind, subject)
+
+    def parse_answer(self, text, kind, image_size):
         values = [float(value) for value in text.split()]
-        return ([tuple(values)] if len(values) == 2 else []), ([tuple(values)] if len(values) == 4 else [])
+        points, boxes = [tuple(values)] if len(values) == 2 else [], [tuple(values)] if len(values) == 4 else []
+        return read_answer(kind, text, points, boxes)
 
 
 class FakeModel:
@@ -537,11 +543,11 @@ def test_grounding_scores_right_wrong_and_malformed():
     ]
     processor = FakeProcessor()
     processor.answers = {
-        grounding_prompt("cup", "box"): "2 4 6 8",
-        grounding_prompt("bowl", "box"): "22 10 28 16",
-        grounding_prompt("lid", "box"): "",
+        grounding_prompt("box", "cup"): "2 4 6 8",
+        grounding_prompt("box", "bowl"): "22 10 28 16",
+        grounding_prompt("box", "lid"): "",
     }
-    report = evaluate_grounding(FakeModel(), processor, samples, "box", batch_size=6, progress=False)
+    report = evaluate_grounding(CheckpointSubject(FakeModel(), processor), samples, "box", 6, progress=False)
     assert report["point_in_object"]["rate"] == pytest.approx(2 / 3)
     assert report["point_on_mask"]["rate"] == pytest.approx(1 / 3)
     assert report["malformed_rate"] == pytest.approx(1 / 3)
@@ -552,7 +558,7 @@ def test_grounding_scores_right_wrong_and_malformed():
     assert box_iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
     assert box_iou((2, 2, 0, 0), (0, 0, 2, 2)) == 0
     with pytest.raises(ValueError, match="Unknown kind"):
-        grounding_prompt("cup", "polygon")
+        evaluate_grounding(CheckpointSubject(FakeModel(), processor), samples, "polygon")
 
 
 # ---- pictures ----

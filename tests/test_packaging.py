@@ -30,9 +30,10 @@ MAY_IMPORT = {
     "action_space_wallvla": {"rotations_wallvla"},
     "flow_matching_wallvla": set(),
     "ops_wallvla": set(),
+    "grounding_wallvla": set(),
     "modeling_wallvla": MODEL - {"modeling_wallvla"},
     "action_codec_wallvla": {"configuration_wallvla"},
-    "processing_wallvla": {"action_space_wallvla"},
+    "processing_wallvla": {"action_space_wallvla", "grounding_wallvla"},
     "data": {"action_space_wallvla"},
     "conversion": {"configuration_wallvla", "action_space_wallvla", "modeling_wallvla", "processing_wallvla"},
     "trainers": MODEL | {"action_space_wallvla", "data"},
@@ -42,7 +43,17 @@ MAY_IMPORT = {
     "kernels": set(),
     "spaces": set(),
 }
-MAY_IMPORT_ALL = {"__init__", "cli", "quickstart", "benchmarks", "examples", "docs", "tests"}
+MAY_IMPORT_ALL = {
+    "__init__",
+    "cli",
+    "grounding_report",
+    "publish",
+    "quickstart",
+    "benchmarks",
+    "examples",
+    "docs",
+    "tests",
+}
 # What remote code may need without a guard: transformers itself brings all of it but torch and Pillow
 FLAT_REQUIREMENTS = {"huggingface_hub", "numpy", "PIL", "safetensors", "torch", "transformers"}
 
