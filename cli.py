@@ -9,6 +9,8 @@ from pathlib import Path
 EXAMPLES = {
     "quickstart": "wallvla quickstart --output runs/quickstart",
     "train": "wallvla train --config examples/finetune_lerobot.yaml --dataset path/to/dataset",
+    "train-codec": "wallvla train-codec --dataset runs/quickstart/dataset --vision runs/quickstart/hub "
+    "--model runs/quickstart/hub --output_dir runs/codec",
     "eval": "wallvla eval runs/quickstart/hub --env metaworld/button-press-topdown-v3 --episodes 50",
     "sample": "wallvla sample runs/quickstart/hub --dataset runs/quickstart/dataset --index 100",
     "stats": "wallvla stats runs/quickstart/dataset --output robot.json",
@@ -16,6 +18,7 @@ EXAMPLES = {
 SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
     "train": "co-train a checkpoint on a LeRobot dataset",
+    "train-codec": "train an action codec, the tokens of the discrete pathway, on LeRobot datasets",
     "eval": "success rate of a checkpoint in a simulator, with 95% intervals",
     "sample": "one action chunk for a recorded observation, or the answer to a question about an image",
     "stats": "normalisation statistics of a dataset, as an embodiment file",
@@ -76,6 +79,18 @@ def _train(arguments: list[str]) -> None:
     options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:2]
     register_auto_classes()
     print(f"wrote {fine_tune(options, args)}")
+
+
+def _train_codec(arguments: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from . import register_auto_classes
+    from .trainers.codec_trainer import CodecArguments, CodecTrainingConfig, train_codec
+
+    parser = _finish(HfArgumentParser((CodecArguments, CodecTrainingConfig)), "train-codec")
+    options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:2]
+    register_auto_classes()
+    print(f"wrote {train_codec(options, args)}")
 
 
 def _eval(arguments: list[str]) -> None:
@@ -191,7 +206,14 @@ def _stats(arguments: list[str]) -> None:
     print(f"wrote {options.output}")
 
 
-COMMANDS = {"quickstart": _quickstart, "train": _train, "eval": _eval, "sample": _sample, "stats": _stats}
+COMMANDS = {
+    "quickstart": _quickstart,
+    "train": _train,
+    "train-codec": _train_codec,
+    "eval": _eval,
+    "sample": _sample,
+    "stats": _stats,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
