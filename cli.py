@@ -10,7 +10,7 @@ EXAMPLES = {
     "quickstart": "wallvla quickstart --output runs/quickstart",
     "train": "wallvla train --config examples/finetune_lerobot.yaml --dataset path/to/dataset",
     "train-codec": "wallvla train-codec --dataset runs/quickstart/dataset --vision runs/quickstart/hub "
-    "--model runs/quickstart/hub --output_dir runs/codec",
+    "--model runs/quickstart/hub --output-dir runs/codec",
     "eval": "wallvla eval runs/quickstart/hub --env metaworld/button-press-topdown-v3 --episodes 50",
     "sample": "wallvla sample runs/quickstart/hub --dataset runs/quickstart/dataset --index 100",
     "stats": "wallvla stats runs/quickstart/dataset --output robot.json",
