@@ -25,12 +25,16 @@ SUMMARIES = {
 }
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and examples on lines of their own."""
+
+
 def _finish(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
     """What all commands share: the example below the help, and `--config`."""
     parser.prog = f"wallvla {name}"
     parser.description = SUMMARIES[name]
     parser.epilog = f"example:\n  {EXAMPLES[name]}"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = _HelpFormatter
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same options; the command line wins")
     return parser
 
@@ -226,9 +230,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if arguments[0] not in COMMANDS:
         sys.exit(f"wallvla: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}.")
+    from .evaluation.workers import WorkerError
+
     try:
         COMMANDS[arguments[0]](arguments[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, WorkerError) as error:
         print(f"wallvla {arguments[0]}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -219,6 +219,15 @@ class WallVLAPreTrainedModel(PreTrainedModel):
     # The trainer averages the losses itself, over ranks and accumulated batches
     accepts_loss_kwargs = False
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options) -> None:
+        """As `PreTrainedModel.gradient_checkpointing_enable`; refuses `use_reentrant=True`."""
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "Reentrant activation checkpointing cuts the gradient of the shared keys and values: use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs) -> None:
         """As `PreTrainedModel.save_pretrained`, but under the names that the parameters have in this model.
 
@@ -307,11 +316,6 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             # Positional, because the checkpointing wrapper drops a keyword `past_key_values`
             hidden = layer(hidden, mask, None, tap, position_embeddings=rope)
             taps.append(tap)
-        if torch.is_grad_enabled() and hidden.requires_grad and not taps[0].keys.requires_grad:
-            raise ValueError(
-                "Reentrant activation checkpointing cuts the gradient of the shared keys and values: use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
-            )
 
         # Nothing from the first discrete action token on, which includes the end of its turn
         visible = attention_mask.bool() & ~(self.is_action_token(input_ids).cumsum(dim=-1) > 0)
@@ -377,6 +381,10 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         loss = torch.zeros((), device=input_ids.device)
         if labels is not None:
             loss = loss + self._token_losses(context.last_hidden_state, labels, output)
+        else:
+            # Keeps the output of the last VL layer in the graph: there a sharded layer gathers its weights for the
+            # backward pass, which its keys and values alone would not make it do
+            loss = loss + 0.0 * context.last_hidden_state.sum()
         if actions is not None:
             loss = loss + self._flow_loss(context, actions, action_mask, noise, time, output)
         output.loss = loss

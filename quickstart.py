@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -68,24 +68,28 @@ OPTIONS_FILE = "quickstart.json"  # marks a folder as a run of ours, which --ove
 
 @dataclass
 class QuickstartConfig:
-    """Options of `quickstart`. `output` is the run folder; the other fields are written to `quickstart.json` in it."""
+    """Options of `quickstart`. All but `output` and `overwrite` are written to `quickstart.json` in the run folder."""
 
-    output: str = "runs/quickstart"
-    task: list[str] = dataclasses.field(default_factory=lambda: list(DEFAULT_TASKS))
-    episodes: int = 30
-    steps: int = 1500
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    multimodal_fraction: float = 0.2
-    image_size: int = 64
-    cameras: list[str] = dataclasses.field(default_factory=lambda: ["front"])
-    eval_episodes: int = 50
-    control_episodes: int = 20
-    device: str = "cpu"
-    num_processes: int = 2
-    seed: int = 0
-    overwrite: bool = False
-    codec: str | None = None  # folder of an action codec: co-trains its discrete tokens
+    output: str = field(default="runs/quickstart", metadata={"help": "Run folder."})
+    task: list[str] = field(default_factory=lambda: list(DEFAULT_TASKS), metadata={"help": "Meta-World tasks."})
+    episodes: int = field(default=30, metadata={"help": "Demonstrations of each task."})
+    steps: int = field(default=1500, metadata={"help": "Training steps."})
+    batch_size: int = field(default=32, metadata={"help": "Samples of a step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    multimodal_fraction: float = field(default=0.2, metadata={"help": "Share of grounding questions in a batch."})
+    image_size: int = field(default=64, metadata={"help": "Side of the camera images in pixels."})
+    cameras: list[str] = field(
+        default_factory=lambda: ["front"], metadata={"help": "What the policy sees: front, wrist."}
+    )
+    eval_episodes: int = field(default=50, metadata={"help": "Closed-loop episodes of each task."})
+    control_episodes: int = field(default=20, metadata={"help": "Episodes of each task for the controls."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    num_processes: int = field(default=2, metadata={"help": "Simulators that run at the same time."})
+    seed: int = field(default=0, metadata={"help": "Of initialisation, data order and noise."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete a run that the folder holds."})
+    codec: str | None = field(
+        default=None, metadata={"help": "Folder of an action codec: co-trains its discrete tokens."}
+    )
 
     def __post_init__(self):
         for task in self.task:

@@ -26,6 +26,7 @@ STATE_KEY, ACTION_KEY = "observation.state", "action"
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, help="LeRobot dataset folder; without it one is written")
     parser.add_argument("--samples", type=int, default=1000, help="samples per measurement (default: %(default)s)")
@@ -87,10 +88,12 @@ def samples_per_second(dataset: LeRobotDataset, order: np.ndarray, workers: int)
 
 
 def as_is(sample: dict) -> dict:
+    """Collate function of single samples; a lambda could not be sent to a worker."""
     return sample
 
 
 def measure(root: Path, options: argparse.Namespace) -> dict:
+    """Samples per second of one dataset, for every order and number of workers."""
     started = time.perf_counter()
     dataset = LeRobotDataset(
         root, embodiment="benchmark", action_horizon=options.horizon, frames_in_memory=options.in_memory,
@@ -118,6 +121,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict:
 
 
 def main():
+    """Prints a table, or one JSON object with `--json`."""
     options = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         root = options.dataset

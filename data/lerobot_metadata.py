@@ -157,6 +157,7 @@ def _json_lines(path: Path) -> list[dict]:
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
+    """Opens a parquet file; raises FileNotFoundError or ValueError with what to do."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. The download is incomplete; download the dataset again.")
     try:

@@ -46,6 +46,7 @@ def make_worker(spec: dict):
 
 
 def main() -> None:
+    """Answers one job per line of stdin with one pickle on the original stdout, until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the whole group; the parent stops us
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not end up between the replies

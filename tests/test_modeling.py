@@ -419,11 +419,25 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 
 def test_reentrant_checkpointing_is_refused():
-    model = tiny_model().train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.enable_input_require_grads()
     with pytest.raises(ValueError, match="use_reentrant"):
-        model(**tiny_batch(), **tiny_actions(2))
+        tiny_model().gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_lora_trains_adapters_and_heads_alone():
+    """Also where no key of the first layer has a gradient, and under activation checkpointing."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model().train()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["action_out_proj"])
+    adapted = peft.get_peft_model(model, config)
+    batch, a = tiny_batch(action_tokens=5, padding=2), tiny_actions(2)
+    expected = gradients(adapted, adapted(**batch, **a).loss)
+    assert expected and all("lora_" in name or "modules_to_save" in name for name in expected)
+    assert any("vlm" in name for name in expected) and any("action_expert.layers" in name for name in expected)
+    adapted.gradient_checkpointing_enable()
+    adapted.enable_input_require_grads()
+    grads = gradients(adapted, adapted(**batch, **a).loss)
+    assert grads.keys() == expected.keys()
+    assert max(largest(grads[name] - expected[name]) for name in grads) < 1e-6
 
 
 # --- sampling

@@ -16,6 +16,7 @@ from wallvla.data.mixture import CoTrainingMixture
 from wallvla.quickstart import EMBODIMENT, QuickstartConfig, build_model, build_processor, embodiment
 from wallvla.trainers.co_training_config import CoTrainingConfig
 from wallvla.trainers.co_training_trainer import CoTrainingTrainer
+from wallvla.trainers.muon import is_muon_parameter
 
 
 STATISTICS = {
@@ -97,6 +98,25 @@ def test_one_step_moves_every_parameter(processor, tmp_path):
     trainer.train()
     still = [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
     assert still == []
+
+
+def test_muon_gets_the_matrices_of_every_layer():
+    """Of both experts and of the vision tower, and nothing else."""
+    names = {name for name, p in tiny_model().named_parameters() if is_muon_parameter(name, p)}
+    assert len(names) == 4 * 7 + 4 * 7 + 2 * 5
+    assert not any(part in name for name in names for part in ("embed", "lm_head", "norm", "bias", "merger"))
+    assert not any(name.startswith("action_expert.action_") for name in names)
+
+
+def test_muon_trains_and_resumes(processor, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "use_muon": True}
+    whole = make_trainer(processor, tmp_path, **options)
+    whole.train()
+    assert any(group["muon"] for group in whole.optimizer.param_groups)
+    assert whole.state.log_history[5]["learning_rate"] < whole.state.log_history[0]["learning_rate"]
+    resumed = make_trainer(processor, tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert history(resumed, "loss")[-3:] == history(whole, "loss")[-3:]
 
 
 def test_losses_fall_and_are_logged_apart(processor, tmp_path):

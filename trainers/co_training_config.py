@@ -11,6 +11,8 @@ class CoTrainingConfig(TrainingArguments):
     Training options of gradient-bridged co-training (Wall-OSS-0.5, section 2.2). What the weights depend on (loss
     space, loss weights, gradient bridge) lives in [`WallVLAConfig`] and travels with the checkpoint.
 
+    `use_muon` (`bool`, *optional*, defaults to `False`) chooses [`MuonWithAdamW`] instead of AdamW for everything.
+
     All of [`~transformers.TrainingArguments`], with these other defaults:
 
     - `learning_rate`: 1e-4 (peak of pretraining; the paper fine-tunes at 5e-5), `lr_scheduler_type`: cosine,
@@ -21,6 +23,9 @@ class CoTrainingConfig(TrainingArguments):
     - `logging_steps`: 10.
     """
 
+    use_muon: bool = field(
+        default=False, metadata={"help": "Muon on the matrices of the layers, AdamW on the rest (section 2.2.4)."}
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second moment of AdamW."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})

@@ -12,6 +12,7 @@ from transformers.trainer_callback import ProgressCallback
 from ..flow_matching_wallvla import sample_time
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from .co_training_config import CoTrainingConfig
+from .muon import MuonWithAdamW
 
 
 LOSS_NAMES = ("flow_loss", "action_token_loss", "text_loss")
@@ -79,6 +80,20 @@ class CoTrainingTrainer(Trainer):
         self.label_names = []
         self._draws = 0
         self._metrics = {"train": torch.zeros(2, 3), "eval": torch.zeros(2, 3)}  # sums and counts of each loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW as in `Trainer`, or Muon with AdamW."""
+        if not self.args.use_muon:
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            self.optimizer = MuonWithAdamW(
+                (self.model if model is None else model).named_parameters(),
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        return self.optimizer
 
     def count_targets(self, batch: Mapping[str, Tensor]) -> Tensor:
         """How many action elements, discrete action tokens and text tokens a batch trains on. (3,) float32."""
