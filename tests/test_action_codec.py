@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel, AutoProcessor
 
 import wallvla
-from wallvla import register_auto_classes
+from wallvla import cli, register_auto_classes
 from wallvla.action_codec_wallvla import (
     ResidualQuantizer,
     WallVLAActionCodec,
@@ -25,11 +25,13 @@ from wallvla.action_codec_wallvla import (
 from wallvla.action_space_wallvla import Embodiment
 from wallvla.baseline_codecs_wallvla import BinningActionCodec, FASTActionCodec, load_action_codec
 from wallvla.data.action_chunks import ActionChunks
+from wallvla.data.collator import Collator
+from wallvla.data.lerobot_writer import LeRobotWriter
 from wallvla.data.vision_features import cache_vision_features
 from wallvla.quickstart import EMBODIMENT, QuickstartConfig, build_model, build_processor, embodiment
 from wallvla.trainers.co_training_config import CoTrainingConfig
 from wallvla.trainers.co_training_trainer import CoTrainingTrainer
-from wallvla.trainers.codec_trainer import CodecTrainer, CodecTrainingConfig, codebook_use
+from wallvla.trainers.codec_trainer import CodecTrainer, CodecTrainingConfig, VisionEmbedder, codebook_use
 
 
 NUMBERS = {"q01": [-1.0] * 4, "q99": [1.0] * 4, "mean": [0.0] * 4, "std": [1.0] * 4}
@@ -426,6 +428,50 @@ def test_training_learns_and_logs_every_loss(tmp_path):
     assert again.model.fingerprint() == codec.fingerprint()
 
 
+def test_a_codec_of_many_lengths(tmp_path):
+    """With `min_horizon` short chunks decode; the codec that only saw whole ones does worse."""
+    errors = []
+    for name, options in (("whole", {}), ("many", {"min_horizon": 2})):
+        trainer = train(tmp_path / name, **options)
+        batch = trainer.train_dataset.__getitems__(list(range(0, 480, 3)))
+        short = batch["actions"][:, :3], batch["state"], batch["action_mask"][:, :3]
+        decoded = trainer.model.eval().decode(trainer.model.encode(*short), batch["state"], 3)
+        errors.append(((decoded - short[0]) * short[2]).square().mean().item())
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_one_command_trains_on_a_dataset(tmp_path):
+    register_auto_classes()
+    model, processor = build(None)
+    model.save_pretrained(tmp_path / "hub")
+    processor.save_pretrained(tmp_path / "hub")
+    camera = {"dtype": "video", "shape": [32, 32, 3], "names": ["height", "width", "channel"]}
+    vector = {"dtype": "float32", "shape": [4], "names": list("xyzg")}
+    features = {"observation.state": vector, "action": vector, "observation.images.front": camera}
+    generator = np.random.default_rng(0)
+    with LeRobotWriter(tmp_path / "data", fps=80, features=features, robot_type="sawyer") as writer:
+        for _ in range(2):
+            for _ in range(20):
+                numbers = {name: generator.uniform(-1, 1, 4).astype(np.float32) for name in list(features)[:2]}
+                image = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                writer.add_frame(numbers | {"observation.images.front": image})
+            writer.save_episode("move")
+    hub, data, output = (str(tmp_path / name) for name in ("hub", "data", "codec"))
+    sizes = "--latent_steps 2 --codebook_size 16 --hidden_size 32 --max_steps 4 --codebook_start 2"
+    quiet = "--use_cpu --report_to none --save_strategy no --disable_tqdm true"
+    command = f"train-codec --dataset {data} --vision {hub} --model {hub} --output_dir {output} {sizes} {quiet}"
+    cli.main(command.split())
+    codec = load_action_codec(output)
+    assert codec.config.feature_dim == 128 and codec.config.action_dim == 4 and codec.quantizer.initialised
+    assert len(list((tmp_path / "codec" / "vision").glob("*.npy"))) == 1
+    embedder = VisionEmbedder(hub)
+    image = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    batch = processor(text="?", images=[image])
+    tokens = model.vlm.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output[0]
+    np.testing.assert_allclose(embedder([image])[0], tokens.mean(dim=0).detach(), rtol=1e-4, atol=1e-5)
+    assert embedder.fingerprint() == VisionEmbedder(hub).fingerprint()
+
+
 def test_training_without_the_features_it_needs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="feature_dim 6, the chunks have vision features of width 0"):
         train(tmp_path, features=False)
@@ -577,6 +623,18 @@ def test_a_codec_of_another_model_is_refused(tmp_path):
     # and in training
     with pytest.raises(ValueError, match=both):
         CoTrainingTrainer(model, CoTrainingConfig(str(tmp_path), use_cpu=True), None, None, None, build(other)[1])
+
+
+def test_co_training_learns_the_tokens(tmp_path):
+    model, processor = build()
+    arguments = CoTrainingConfig(
+        str(tmp_path), use_cpu=True, bf16=False, max_steps=25, per_device_train_batch_size=4, learning_rate=3e-3,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    samples = [sample(index % 4) for index in range(100)]
+    CoTrainingTrainer(model.train(), arguments, Collator(processor), samples, None, processor).train()
+    losses = model.eval()(**processor.encode(samples[:4])).action_token_loss
+    assert losses < 0.7 * math.log(model.config.vlm_config.text_config.vocab_size)
 
 
 def test_a_tokenizer_with_other_action_tokens_is_refused():

@@ -33,6 +33,10 @@ class CodecTrainingConfig(TrainingArguments):
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Of AdamW."})
     max_steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
+    min_horizon: int | None = field(
+        default=None,
+        metadata={"help": "Half of the batches are cut to a random length from this on: one codec for many lengths."},
+    )
     codebook_start: int = field(default=200, metadata={"help": "Steps without quantisation; then k-means codebooks."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Chunks of a batch."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after warm-up."})
@@ -83,7 +87,7 @@ class CodecTrainer(Trainer):
             }
             codec.initialise_codebooks(**inputs_of_encode, generator=torch.Generator().manual_seed(self.args.seed))
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        output = model(**inputs, generator=generator)
+        output = model(**self._cut(inputs, generator), generator=generator)
         for i, name in enumerate(CODEC_LOSSES):
             if output.get(name) is not None:
                 self._sums[i] += output[name].detach().cpu()
@@ -93,6 +97,15 @@ class CodecTrainer(Trainer):
                 self._counts
             )
         return (output.loss, output) if return_outputs else output.loss
+
+    def _cut(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Half of the time shorter chunks; what is seen after them is then not known."""
+        horizon = inputs["actions"].shape[1]
+        if self.args.min_horizon is None or torch.rand((), generator=generator) < 0.5:
+            return inputs
+        steps = int(torch.randint(min(self.args.min_horizon, horizon), horizon + 1, (), generator=generator))
+        cut = {name: inputs[name][:, :steps] for name in ("actions", "action_mask")}
+        return {name: values for name, values in inputs.items() if name != "next_features"} | cut
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each loss and the use of each level since the last log."""
