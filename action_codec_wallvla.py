@@ -283,7 +283,7 @@ class WallVLAActionCodec(PreTrainedModel):
     base_model_prefix = "codec"
     main_input_name = "actions"
     # A code is chosen by comparing distances: in half precision ids would depend on the machine
-    _keep_in_fp32_modules_strict = ["encoder", "decoder", "quantizer", "_in", "_out", "norm", "_head"]
+    _keep_in_fp32_modules_strict = ["encoder", "decoder", "quantizer", "_in", "_out", "norm", "_head", "feature_"]
     _supports_sdpa = True
 
     def __init__(self, config: WallVLAActionCodecConfig):

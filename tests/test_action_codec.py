@@ -279,6 +279,15 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         WallVLAActionCodec.from_pretrained(tmp_path)
 
 
+def test_a_codec_loaded_in_half_precision_is_the_same(tmp_path):
+    codec, actions = small_codec(), smooth(20, 8, 4)
+    codec.set_feature_statistics(torch.rand(6, generator=rng(0)), torch.rand(6, generator=rng(1)))
+    codec.save_pretrained(tmp_path)
+    loaded = WallVLAActionCodec.from_pretrained(tmp_path, dtype="bfloat16")
+    assert loaded.fingerprint() == codec.fingerprint()
+    assert torch.equal(loaded.encode(actions), codec.encode(actions))
+
+
 def test_the_fingerprint_sees_every_tensor():
     codec = small_codec()
     before = codec.fingerprint()
