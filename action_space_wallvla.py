@@ -421,6 +421,8 @@ class Embodiment:
         statistics: {"state": {...}, "action": {...}} of lists over channels: q01, q99, mean, std, min, max. Computed
             on `transform_state` and `transform_actions`, so *after* the change of layout and frame.
         domain: index of the soft prompt, for models that have them.
+        state_padding, action_padding: what the model sees in its channels that the robot lacks: one normalised number
+            for each channel of the model (those of the robot's own channels are not used). Empty: 0.
     """
 
     cameras: dict
@@ -435,6 +437,8 @@ class Embodiment:
     action_gripper_range: tuple = (0.0, 1.0)
     statistics: dict | None = None
     domain: int = 0
+    state_padding: tuple = ()
+    action_padding: tuple = ()
 
     @classmethod
     def from_dict(cls, values: dict) -> "Embodiment":
@@ -461,6 +465,8 @@ class Embodiment:
             "action_layout": [list(part) for part in self.action_layout],
             "state_gripper_range": list(self.state_gripper_range),
             "action_gripper_range": list(self.action_gripper_range),
+            "state_padding": list(self.state_padding),
+            "action_padding": list(self.action_padding),
         }
 
     def __post_init__(self):
@@ -471,6 +477,8 @@ class Embodiment:
         object.__setattr__(self, "action_layout", _pairs(self.action_layout, "action_layout", int))
         object.__setattr__(self, "state_gripper_range", tuple(float(value) for value in self.state_gripper_range))
         object.__setattr__(self, "action_gripper_range", tuple(float(value) for value in self.action_gripper_range))
+        object.__setattr__(self, "state_padding", tuple(float(value) for value in self.state_padding))
+        object.__setattr__(self, "action_padding", tuple(float(value) for value in self.action_padding))
         self._check_scalars()
         self._check_layout(self.state_layout, "state_layout")
         self._check_layout(self.action_layout, "action_layout")
@@ -494,6 +502,9 @@ class Embodiment:
             )
         if not isinstance(self.domain, int) or self.domain < 0:
             raise ValueError(f"Found domain {self.domain!r}. It is the index of a soft prompt: an integer from 0.")
+        for name, values in (("state", self.state_padding), ("action", self.action_padding)):
+            if not all(-1 <= value <= 1 for value in values):
+                raise ValueError(f"Found {name}_padding {values}. It is normalised: every number in [-1, 1].")
         _rotation_format(self.rotation_format)
         if self.reference_frame not in REFERENCE_FRAMES:
             raise ValueError(f"Found reference_frame {self.reference_frame!r}. Known: {', '.join(REFERENCE_FRAMES)}.")
@@ -613,6 +624,16 @@ class Embodiment:
         mask = np.zeros(action_dim, dtype=bool)
         mask[self.action_channels] = True
         return mask
+
+    def padding(self, kind: str, width: int) -> np.ndarray:
+        """`state_padding` or `action_padding` (`kind` "state", "action") for `width` channels: float32 (width,)."""
+        values = self.state_padding if kind == "state" else self.action_padding
+        if len(values) not in (0, width):
+            raise ValueError(
+                f"Found {len(values)} numbers in {kind}_padding for a model with {width} {kind} channels. It has one "
+                f"number per channel of the model, or none."
+            )
+        return np.array(values if values else [0.0] * width, dtype=np.float32)
 
     # ---- change of layout, rotation format and frame ------------------------------------------------------------
 

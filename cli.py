@@ -14,6 +14,9 @@ EXAMPLES = {
     "eval": "wallvla eval runs/quickstart/hub --env metaworld/button-press-topdown-v3 --episodes 50",
     "sample": "wallvla sample runs/quickstart/hub --dataset runs/quickstart/dataset --index 100",
     "stats": "wallvla stats runs/quickstart/dataset --output robot.json",
+    "convert": "wallvla convert x-square-robot/wall-oss-0.5 ./wall-oss --dtype bfloat16",
+    "inspect": "wallvla inspect ./wall-oss",
+    "export": "wallvla export ./wall-oss ./wall-oss-published",
 }
 SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
@@ -22,6 +25,9 @@ SUMMARIES = {
     "eval": "success rate of a checkpoint in a simulator, with 95% intervals",
     "sample": "one action chunk for a recorded observation, or the answer to a question about an image",
     "stats": "normalisation statistics of a dataset, as an embodiment file",
+    "convert": "a published checkpoint becomes a repository of this layout: every tensor accounted for, or nothing",
+    "inspect": "what a checkpoint is: family, parameters, robots, tokens; reads no weights",
+    "export": "back to the published Wall-OSS layout",
 }
 
 
@@ -210,6 +216,77 @@ def _stats(arguments: list[str]) -> None:
     print(f"wrote {options.output}")
 
 
+def _bytes(text: str) -> int:
+    """A size such as 4GB or 500MB, as in the framework's `max_shard_size`."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number = text[:-2]
+    if text[-2:].upper() not in units or not number.replace(".", "", 1).isdigit() or float(number) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a size; write for instance 4GB or 500MB")
+    return int(float(number) * units[text[-2:].upper()])
+
+
+def _convert(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "convert")
+    parser.add_argument("source", help="published checkpoint: a folder or a Hub id")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument(
+        "--embodiment",
+        action="append",
+        default=[],
+        metavar="NAME[=FILE]",
+        help="keep only this robot; with FILE, a JSON file that describes it. Several times for several robots",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="auto keeps what is stored; norms and heads are never cast",
+    )
+    parser.add_argument("--max-shard-size", type=_bytes, default="4GB", help="of a weight file (default: 4GB)")
+    parser.add_argument("--state-bins", type=int, help="bins of the proprioception in the prompt, if you know better")
+    parser.add_argument("--longest-side", type=int, help="longer side of an image in pixels, if you know better")
+    parser.add_argument(
+        "--tables", choices=["weights", "files"], help="which normalisers count where weights and .pth files disagree"
+    )
+    parser.add_argument("--action-tokens", type=int, default=0, help="discrete action tokens to add to a Qwen2.5-VL")
+    parser.add_argument("--seed", type=int, default=0, help="of the action expert that a Qwen2.5-VL does not have")
+    options = vars(parser.parse_args(_read_config(parser, arguments)))
+    from .conversion import Options, convert
+
+    source, output = options.pop("source"), options.pop("output")
+    options.pop("config")
+    report = convert(source, output, Options(**options), show_progress=True)
+    print(
+        f"{report['family']}: {len(report['source_keys'])} published tensors, {len(report['parameters'])} parameters; "
+        f"embodiments: {', '.join(report['embodiments']) or 'none'}"
+    )
+    for note in report["notes"]:
+        print(f"note: {note}")
+    print(f"wrote {output}; conversion_report.txt says where every tensor went")
+
+
+def _inspect(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "inspect")
+    parser.add_argument("path", help="checkpoint, published or of this layout: a folder or a Hub id")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(_read_config(parser, arguments))
+    from .conversion import inspect, inspection_text
+
+    found = inspect(options.path)
+    print(json.dumps(found, indent=2) if options.json else inspection_text(found))
+
+
+def _export(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "export")
+    parser.add_argument("source", help="folder in the layout of this package")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument("--max-shard-size", type=_bytes, help="of a weight file; default: one file, as upstream")
+    options = parser.parse_args(_read_config(parser, arguments))
+    from .conversion import export
+
+    print(f"wrote {export(options.source, options.output, options.max_shard_size, show_progress=True)}")
+
+
 COMMANDS = {
     "quickstart": _quickstart,
     "train": _train,
@@ -218,6 +295,7 @@ COMMANDS = {
     "sample": _sample,
     "stats": _stats,
 }
+COMMANDS |= {"convert": _convert, "inspect": _inspect, "export": _export}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -130,7 +130,7 @@ class HubPolicy:
             return_tensors="pt",
         ).to(self.model.device)
         if self.discrete:
-            of_flow = ("action_mask", "domain_ids")
+            of_flow = ("action_mask", "action_padding", "domain_ids")
             prompt = {name: values for name, values in inputs.items() if name not in of_flow}
             tokens = self.model.generate_action_tokens(**prompt)
             actions = self.processor.decode_action_tokens(tokens, observation["state"], self.embodiment)

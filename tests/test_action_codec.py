@@ -577,7 +577,7 @@ def test_tokens_follow_the_turn_in_training_only(codec):
 def test_generated_tokens_are_legal_and_decode():
     model, processor = build()
     inputs = processor.encode([sample(i, training=False) for i in range(3)])
-    inputs = {name: inputs[name] for name in inputs if name not in ("action_mask", "domain_ids")}
+    inputs = {name: inputs[name] for name in inputs if name not in ("action_mask", "action_padding", "domain_ids")}
     for do_sample in (False, True):
         torch.manual_seed(0)
         tokens = model.generate_action_tokens(**inputs, do_sample=do_sample)

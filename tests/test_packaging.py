@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "baseline_codecs_wallvla": {"action_codec_wallvla"},
     "processing_wallvla": {"action_space_wallvla", "baseline_codecs_wallvla"},
     "data": {"action_space_wallvla"},
+    "conversion": {"configuration_wallvla", "action_space_wallvla", "modeling_wallvla", "processing_wallvla"},
     "trainers": MODEL | {"action_space_wallvla", "action_codec_wallvla", "data"},
     "inference": MODEL,
     "evaluation": set(),
