@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _DEFINED_IN = {
+    "BinningActionCodec": "baseline_codecs_wallvla",
     "Embodiment": "action_space_wallvla",
+    "FASTActionCodec": "baseline_codecs_wallvla",
+    "WallVLAActionCodec": "action_codec_wallvla",
+    "WallVLAActionCodecConfig": "action_codec_wallvla",
     "WallVLAActionExpertConfig": "configuration_wallvla",
     "WallVLAConfig": "configuration_wallvla",
     "WallVLAForConditionalGeneration": "modeling_wallvla",
@@ -19,7 +23,11 @@ _DEFINED_IN = {
 }
 
 __all__ = [
+    "BinningActionCodec",
     "Embodiment",
+    "FASTActionCodec",
+    "WallVLAActionCodec",
+    "WallVLAActionCodecConfig",
     "WallVLAActionExpertConfig",
     "WallVLAConfig",
     "WallVLAForConditionalGeneration",
@@ -30,7 +38,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .action_codec_wallvla import WallVLAActionCodec, WallVLAActionCodecConfig
     from .action_space_wallvla import Embodiment
+    from .baseline_codecs_wallvla import BinningActionCodec, FASTActionCodec
     from .configuration_wallvla import WallVLAActionExpertConfig, WallVLAConfig
     from .modeling_wallvla import WallVLAForConditionalGeneration, WallVLAOutput
     from .processing_wallvla import WallVLAProcessor
@@ -49,7 +59,7 @@ def __dir__() -> list[str]:
 
 
 def register_auto_classes() -> None:
-    """Let `AutoConfig`, `AutoModel` and `AutoProcessor` use the installed classes for `model_type` "wallvla".
+    """Let `AutoConfig`, `AutoModel` and `AutoProcessor` use the installed classes for "wallvla" and its action codec.
 
     From then on a checkpoint loads without `trust_remote_code`, and the code files beside its weights are ignored.
     Only this function registers anything: a registration in the flat files would make every later checkpoint of the
@@ -57,10 +67,13 @@ def register_auto_classes() -> None:
     """
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+    from .action_codec_wallvla import WallVLAActionCodec, WallVLAActionCodecConfig
     from .configuration_wallvla import WallVLAConfig
     from .modeling_wallvla import WallVLAForConditionalGeneration
     from .processing_wallvla import WallVLAProcessor
 
+    AutoConfig.register(WallVLAActionCodecConfig.model_type, WallVLAActionCodecConfig, exist_ok=True)
+    AutoModel.register(WallVLAActionCodecConfig, WallVLAActionCodec, exist_ok=True)
     AutoConfig.register(WallVLAConfig.model_type, WallVLAConfig, exist_ok=True)
     AutoModel.register(WallVLAConfig, WallVLAForConditionalGeneration, exist_ok=True)
     AutoModelForImageTextToText.register(WallVLAConfig, WallVLAForConditionalGeneration, exist_ok=True)

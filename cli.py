@@ -28,6 +28,8 @@ EXAMPLES = {
     "eval-grounding": "wallvla eval-grounding runs/quickstart/hub --benchmark simulator/unseen simulator/colors",
     "demo": "wallvla demo runs/quickstart/hub",
     "push": "wallvla push runs/quickstart/hub OWNER/NAME",
+    "train-codec": "wallvla train-codec --dataset runs/quickstart/dataset --vision runs/quickstart/hub "
+    "--model runs/quickstart/hub --output-dir runs/codec",
 }
 SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
@@ -50,6 +52,7 @@ SUMMARIES = {
     "eval-grounding": "points, boxes and visual questions: a checkpoint beside a baseline",
     "demo": "the Space in your browser, for a checkpoint on this machine",
     "push": "a model, Space, kernel or dataset folder to the Hub",
+    "train-codec": "train an action codec, the tokens of the discrete pathway, on LeRobot datasets",
 }
 
 
@@ -602,6 +605,18 @@ def _push(arguments: list[str]) -> None:
     print(f"pushed to {push(options.path, options.repo_id, options.model, options.license, options.private)}")
 
 
+def _train_codec(arguments: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from . import register_auto_classes
+    from .trainers.codec_trainer import CodecArguments, CodecTrainingConfig, train_codec
+
+    parser = _finish(HfArgumentParser((CodecArguments, CodecTrainingConfig)), "train-codec")
+    options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:2]
+    register_auto_classes()
+    print(f"wrote {train_codec(options, args)}")
+
+
 COMMANDS = {
     "quickstart": _quickstart,
     "train": _train,
@@ -623,6 +638,7 @@ COMMANDS = {
     "eval-grounding": _eval_grounding,
     "demo": _demo,
     "push": _push,
+    "train-codec": _train_codec,
 }
 
 

@@ -66,6 +66,11 @@ class WallVLAConfig(PreTrainedConfig):
         Steps H of an action chunk.
     action_token_start_id, num_action_tokens (`int`, *optional*):
         The discrete action tokens are the ids `start <= id < start + num`. `None` and 0: there are none.
+    action_token_levels (`int`, *optional*, defaults to 1), action_tokens_per_chunk (`int`, *optional*):
+        The tokens of a chunk are divided evenly among the levels, and so are the ids: the first share of the tokens
+        comes from the first share of the ids. `None` tokens: their number depends on the motion (FAST).
+    action_codec_fingerprint (`str`, *optional*):
+        Of the codec whose tokens the model was trained on. The processor refuses any other.
     prediction (`str`, *optional*, defaults to `"velocity"`):
         What the action expert predicts: `"velocity"` or the clean `"action"`.
     loss_space (`str`, *optional*, defaults to `"action"`):
@@ -125,6 +130,9 @@ class WallVLAConfig(PreTrainedConfig):
     action_horizon: int = 32
     action_token_start_id: int | None = None
     num_action_tokens: int = 0
+    action_token_levels: int = 1
+    action_tokens_per_chunk: int | None = None
+    action_codec_fingerprint: str | None = None
     prediction: Literal["velocity", "action"] = "velocity"
     loss_space: Literal["action", "velocity"] = "action"
     loss_reduction: Literal["per_element", "per_channel"] = "per_element"
@@ -178,6 +186,14 @@ class WallVLAConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_action_tokens is {self.num_action_tokens} but action_token_start_id is None: give the id of the "
                 "first discrete action token."
+            )
+        if (
+            self.num_action_tokens % self.action_token_levels
+            or (self.action_tokens_per_chunk or 0) % self.action_token_levels
+        ):
+            raise ValueError(
+                f"{self.num_action_tokens} action tokens, {self.action_tokens_per_chunk} of them per chunk, are not "
+                f"divided evenly among action_token_levels {self.action_token_levels}."
             )
         if self.proprioception == "projected" and self.state_token_id is None:
             raise ValueError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.utils import ModelOutput
@@ -203,6 +203,24 @@ class MoTActionExpert(nn.Module):
             hidden = layer(hidden, mask, None, PrefixReader(keys, values, prefix_length), position_embeddings=rope)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.action_out_proj(self.norm(hidden).float())
+
+
+class ActionTokenConstraint(LogitsProcessor):
+    """Leaves only the ids of the level whose turn it is: levels divide both the tokens of a chunk and the ids evenly.
+
+    prompt_length: tokens before the first action token; the other arguments are fields of `WallVLAConfig`.
+    """
+
+    def __init__(self, prompt_length: int, start_id: int, num_tokens: int, levels: int, tokens_per_chunk: int):
+        self.prompt_length, self.start_id = prompt_length, start_id
+        self.ids_per_level, self.tokens_per_level = num_tokens // levels, tokens_per_chunk // levels
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        level = (input_ids.shape[1] - self.prompt_length) // self.tokens_per_level
+        first = self.start_id + level * self.ids_per_level
+        legal = torch.zeros_like(scores, dtype=torch.bool)
+        legal[:, first : first + self.ids_per_level] = True
+        return scores.masked_fill(~legal, float("-inf"))
 
 
 class WallVLAPreTrainedModel(PreTrainedModel):
@@ -565,6 +583,56 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
     def generate(self, *args, **kwargs) -> Tensor:
         """Generates text with the VL expert; takes what `GenerationMixin.generate` takes."""
         return self.vlm.generate(*args, **kwargs)
+
+    def generate_action_tokens(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        do_sample: bool = False,
+    ) -> Tensor:
+        """Generates one chunk of discrete action tokens: only legal ids of each level, exactly as many as a chunk has.
+
+        Args:
+            input_ids, attention_mask, mm_token_type_ids, pixel_values, image_grid_thw: see `encode_prefix`; what the
+                processor makes of an observation.
+            do_sample: draw from the distribution instead of taking the likeliest token.
+
+        Returns:
+            Token ids of the vocabulary, (B, action_tokens_per_chunk) int64, for `processor.decode_action_tokens`.
+
+        Raises:
+            ValueError: the model has no action tokens, or a codec whose chunks differ in length.
+        """
+        config = self.config
+        if not config.num_action_tokens or config.action_tokens_per_chunk is None:
+            raise ValueError(
+                f"Found num_action_tokens {config.num_action_tokens} and action_tokens_per_chunk "
+                f"{config.action_tokens_per_chunk}. Constrained decoding needs a codec with a fixed number of tokens."
+            )
+        constraint = ActionTokenConstraint(
+            input_ids.shape[1],
+            config.action_token_start_id,
+            config.num_action_tokens,
+            config.action_token_levels,
+            config.action_tokens_per_chunk,
+        )
+        inputs = {
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": mm_token_type_ids,
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+        }
+        ids = self.vlm.generate(
+            input_ids=input_ids,
+            **{name: value for name, value in inputs.items() if value is not None},
+            logits_processor=LogitsProcessorList([constraint]),
+            max_new_tokens=config.action_tokens_per_chunk,
+            do_sample=do_sample,
+        )
+        return ids[:, input_ids.shape[1] :]
 
 
 # Names the code that `save_pretrained` copies beside the weights; registers nothing

@@ -6,8 +6,10 @@
 Shapes: B samples, S tokens, H action steps and D action channels of the model, H_emb and D_robot those of a robot.
 """
 
+import json
 from collections.abc import Sequence
 from itertools import chain, groupby
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +18,10 @@ from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_transforms import convert_to_rgb
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.utils import cached_file
 
 from .action_space_wallvla import DEFAULT_PROMPT, Embodiment, short_camera_key
+from .baseline_codecs_wallvla import ActionCodec, load_action_codec
 from .grounding_wallvla import (
     FORMS,
     CoordinateConstraint,
@@ -35,6 +39,8 @@ IMAGE_TOKEN = "<|image_pad|>"
 STATE_TOKEN = "<|propri|>"
 IMAGE_PLACEHOLDER = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 END_TOKEN = "<|im_end|>"
+ACTION_TOKEN = "<|action_token_{}|>"
+CODEC_FOLDER = "action_codec"  # of the codec inside a repository
 
 ACTION_PROMPT = (
     "<|im_start|>system\n{prompt}<|im_end|>\n<|im_start|>user\nObservation:{observation}\nInstruction: {instruction}\n"
@@ -69,6 +75,9 @@ class WallVLAProcessor(ProcessorMixin):
             The longest sequence, image tokens included. A longer one is an error; nothing is ever cut off.
         text_system_prompt (`str`, *optional*):
             System turn of multimodal samples. Action samples use the prompt of their embodiment.
+        action_codec (`WallVLAActionCodec`, `FASTActionCodec` or `BinningActionCodec`, *optional*):
+            Adds a chunk's discrete action tokens to training samples. Its tokens are added to the tokenizer. Saved to
+            `action_codec/` and restored from there; a codec other than the model's is refused.
         chat_template (`str`, *optional*):
             As in every processor; the prompts above do not use it.
         proprioception (`str`, *optional*, defaults to `"text"`):
@@ -91,6 +100,7 @@ class WallVLAProcessor(ProcessorMixin):
         text_system_prompt: str = DEFAULT_PROMPT,
         chat_template: str | None = None,
         proprioception: str = "text",
+        action_codec: ActionCodec | None = None,
     ):
         if image_processor is None:
             image_processor = Qwen2VLImageProcessorPil()
@@ -118,6 +128,9 @@ class WallVLAProcessor(ProcessorMixin):
         self._answer_tokens = None  # filled by the first `answer_constraint`
         # The left edges of the bins: a value at or above edge i and below edge i + 1 is in bin i.
         self._bin_edges = np.linspace(-1, 1, state_bins + 1)[:-1]
+        # Not `self.action_codec`: the framework would try to write an attribute of that name into the JSON
+        self._codec = action_codec
+        self.action_token_start_id = None if action_codec is None else self._add_action_tokens()
         self.embodiments = {}
         for name, embodiment in (embodiments or {}).items():
             self.add_embodiment(name, embodiment)
@@ -129,6 +142,141 @@ class WallVLAProcessor(ProcessorMixin):
                 f"Found a tokenizer without {token}. The prompts need Qwen2-VL's special tokens; add them."
             )
         return token_id
+
+    # ---- discrete action tokens ---------------------------------------------------------------------------------
+
+    @property
+    def action_codec(self) -> ActionCodec | None:
+        """The codec of the discrete action tokens, if there is one."""
+        return self._codec
+
+    def _add_action_tokens(self) -> int:
+        """Adds the codec's tokens to the tokenizer where they are missing; returns the id of the first."""
+        names = [ACTION_TOKEN.format(index) for index in range(self._codec.vocabulary_size)]
+        vocabulary = self.tokenizer.get_vocab()
+        if names[0] not in vocabulary:
+            self.tokenizer.add_tokens(names, special_tokens=True)
+            vocabulary = self.tokenizer.get_vocab()
+        start = vocabulary[names[0]]
+        found = [vocabulary.get(name) for name in names]
+        beyond = ACTION_TOKEN.format(len(names))
+        if found != list(range(start, start + len(names))) or beyond in vocabulary:
+            count = sum(name.startswith("<|action_token_") for name in vocabulary)
+            raise ValueError(
+                f"Found {count} action tokens in the tokenizer; the codec needs {len(names)} with consecutive ids. "
+                f"Use the tokenizer that was saved with this codec, or one without action tokens."
+            )
+        return start
+
+    def action_token_config(self) -> dict:
+        """The fields of `WallVLAConfig` that say which discrete action tokens a model has."""
+        codec = self._codec
+        if codec is None:
+            raise ValueError("Found no action codec in the processor. Pass `action_codec`.")
+        lengths = {codec.tokens_per_chunk(e.action_horizon, e.action_channels.size) for e in self.embodiments.values()}
+        return {
+            "action_token_start_id": self.action_token_start_id,
+            "num_action_tokens": codec.vocabulary_size,
+            "action_token_levels": codec.num_levels,
+            "action_tokens_per_chunk": lengths.pop() if len(lengths) == 1 else None,
+            "action_codec_fingerprint": codec.fingerprint(),
+        }
+
+    def check_model(self, config) -> None:
+        """Raises ValueError unless the codec is the one that the model of `config` was trained with."""
+        ours = None if self._codec is None else self._codec.fingerprint()
+        _check_fingerprints(ours, config.action_codec_fingerprint, "processor", "model")
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        """As the framework's, and loads the codec that the dictionary names, if it is the model's."""
+        stored = processor_dict.pop("action_codec", None)
+        names = ("cache_dir", "revision", "token", "local_files_only")
+        hub = {name: kwargs[name] for name in names if name in kwargs}
+        config = cached_file(
+            pretrained_model_name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **hub
+        )
+        if config is not None:
+            trained = json.loads(Path(config).read_text()).get("action_codec_fingerprint")
+            found = None if stored is None else stored["fingerprint"]
+            _check_fingerprints(found, trained, "processor_config.json", "config.json of the model")
+        if stored is not None:
+            codec = load_action_codec(pretrained_model_name_or_path, CODEC_FOLDER, hub)
+            _check_fingerprints(codec.fingerprint(), stored["fingerprint"], CODEC_FOLDER, "processor_config.json")
+            processor_dict["action_codec"] = codec
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As `ProcessorMixin.save_pretrained`, with the codec in `action_codec/`."""
+        if self._codec is not None:
+            self._codec.save_pretrained(Path(save_directory) / CODEC_FOLDER)
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def _action_token_rows(self, samples: list[dict], groups: list, data: dict) -> dict[int, list[int]]:
+        """{index of an action sample: token ids of its normalised chunk in `data` and the end of the turn}."""
+        rows_of = {}
+        for embodiment, rows in groups:
+            steps = embodiment.action_horizon
+            ids = self._codec.encode(
+                torch.from_numpy(data["actions"][rows, :steps]),
+                self._codec_states([samples[row].get("state") for row in rows], rows, embodiment),
+                torch.from_numpy(data["action_mask"][rows, :steps]),
+                torch.full((len(rows),), embodiment.domain),
+            )
+            for row, line in zip(rows, ids.tolist(), strict=True):
+                tokens = [self.action_token_start_id + each for each in line if each >= 0]
+                rows_of[row] = [*tokens, self.end_token_id]
+        return rows_of
+
+    def _codec_states(self, states: list, rows: list[int], embodiment: Embodiment) -> torch.Tensor | None:
+        """Normalised states at their canonical channels, (rows, S) float32; `None` for codecs that need none."""
+        if not isinstance(self._codec, torch.nn.Module):
+            return None
+        padded = np.zeros((len(states), self._codec.config.state_dim), dtype=np.float32)
+        given = [i for i, state in enumerate(states) if state is not None]
+        if given and embodiment.state_channels.size:
+            values = embodiment.encode_state(
+                self._stack([states[i] for i in given], [rows[i] for i in given], "state", 1)
+            )
+            padded[np.ix_(given, embodiment.state_channels)] = values
+        return torch.from_numpy(padded)
+
+    def decode_action_tokens(
+        self, ids: torch.Tensor, state: ArrayLike | None = None, embodiment: str | None = None
+    ) -> np.ndarray:
+        """Discrete action tokens in the units of the robot: what `generate_action_tokens` returned, as motion.
+
+        Args:
+            ids (`torch.Tensor`): token ids of the vocabulary (n,) or (B, n); of all levels, or of the first ones.
+            state, embodiment: as in `decode_actions`.
+        Returns:
+            `np.ndarray`: float64 (H_emb, D_robot) or (B, H_emb, D_robot).
+        Raises:
+            ValueError: no codec, or ids that are no action tokens or do not make a chunk.
+        """
+        if self._codec is None:
+            raise ValueError("Found no action codec in the processor; discrete action tokens cannot be decoded.")
+        robot = self.get_embodiment(embodiment)
+        batch = torch.atleast_2d(torch.as_tensor(ids)).cpu() - self.action_token_start_id
+        wrong = batch[(batch < 0) | (batch >= self._codec.vocabulary_size)]
+        if len(wrong):
+            raise ValueError(
+                f"Found token id {int(wrong[0]) + self.action_token_start_id}, which is no action token: those are "
+                f"[{self.action_token_start_id}, {self.action_token_start_id + self._codec.vocabulary_size}). Pass "
+                f"what `generate_action_tokens` returned."
+            )
+        states = [None] * len(batch)
+        if state is not None:
+            states = list(np.broadcast_to(state, (len(batch), np.shape(state)[-1])))
+        chunk = self._codec.decode(
+            batch,
+            self._codec_states(states, list(range(len(batch))), robot),
+            robot.action_horizon,
+            torch.from_numpy(robot.channel_mask(self.action_dim)),
+            torch.full((len(batch),), robot.domain),
+        )
+        chunk = chunk[0] if torch.as_tensor(ids).dim() == 1 else chunk
+        return self.decode_actions(chunk, state, embodiment)
 
     def _prepare_pixel_table(self) -> np.ndarray:
         """Colour normalisation of the image processor for every uint8 value: float32 (channels, 256)."""
@@ -167,7 +315,10 @@ class WallVLAProcessor(ProcessorMixin):
     def to_dict(self) -> dict:
         """What `save_pretrained` writes: robots in their JSON form."""
         embodiments = {name: embodiment.to_dict() for name, embodiment in self.embodiments.items()}
-        return {**super().to_dict(), "embodiments": embodiments}
+        values = {**super().to_dict(), "embodiments": embodiments}
+        if self._codec is not None:
+            values["action_codec"] = {"fingerprint": self._codec.fingerprint()}
+        return values
 
     def get_embodiment(self, name: str | None = None) -> Embodiment:
         """The `Embodiment` called `name`; without a name the only one there is."""
@@ -261,7 +412,8 @@ class WallVLAProcessor(ProcessorMixin):
             - **input_ids**, **attention_mask**, **mm_token_type_ids** (B, S) int64, padded on the left.
             - **pixel_values** (patches, channels * temporal * patch^2) float32 and **image_grid_thw** (images, 3)
               int64, if there are images, sample by sample.
-            - **labels** (B, S) int64, if a sample has an answer: the answer and its end of turn, -100 elsewhere.
+            - **labels** (B, S) int64, if a sample has an answer: the answer and its end of turn, -100 elsewhere; with
+              an action codec also the discrete tokens of the actions.
             - **action_mask** (B, H, D) bool and **domain_ids** (B,) int64, if there is an action sample: the steps and
               channels that mean something. False for multimodal samples.
             - **action_padding** (B, D) float32, beside `action_mask`: the normalised value of channels that the robot
@@ -284,15 +436,20 @@ class WallVLAProcessor(ProcessorMixin):
         prompts = [self._prompt(sample, states.get(index, "")) for index, sample in enumerate(samples)]
         answers = [sample.get("answer") if "text" in sample else None for sample in samples]
         image_counts = np.array([len(row) for row in images])
-        data = self._tokens(
-            prompts, answers, image_counts, grids, self.max_length if max_length is None else max_length
+        actions = self._actions(samples, groups) if groups else {}
+        # Only in training, where the chunk is known: inference stops at the assistant's turn
+        discrete = (
+            self._action_token_rows(samples, groups, actions)
+            if self._codec is not None and "actions" in actions
+            else {}
         )
+        longest = self.max_length if max_length is None else max_length
+        data = self._tokens(prompts, answers, image_counts, grids, longest, discrete)
         if len(grids):
             data.update(pixel_values=pixels, image_grid_thw=grids)
-        if groups:
-            data.update(self._actions(samples, groups))
-            if self.proprioception == "projected":
-                data.update(self._projected_states(len(samples), values, groups))
+        data.update(actions)
+        if groups and self.proprioception == "projected":
+            data.update(self._projected_states(len(samples), values, groups))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _group_by_embodiment(self, samples: list[dict]) -> list[tuple[Embodiment, list[int]]]:
@@ -470,9 +627,18 @@ class WallVLAProcessor(ProcessorMixin):
         return np.stack(values)
 
     def _tokens(
-        self, prompts: list[str], answers: list, image_counts: np.ndarray, grids: np.ndarray, max_length: int | None
+        self,
+        prompts: list[str],
+        answers: list,
+        image_counts: np.ndarray,
+        grids: np.ndarray,
+        max_length: int | None,
+        discrete: dict[int, list[int]],
     ) -> dict[str, np.ndarray]:
-        """Token arrays (B, S) of prompts and answers; see `encode`. `image_counts` (B,), `grids` (images, 3)."""
+        """Token arrays (B, S) of prompts and what follows them: answers, or discrete action tokens by sample.
+
+        See `encode`. `image_counts` (B,), `grids` (images, 3).
+        """
         # Answers are tokenised on their own, because `generate` continues a prompt that was tokenised without them.
         answered = [index for index, answer in enumerate(answers) if answer is not None]
         texts = prompts + [f"{answers[index]}{END_TOKEN}\n" for index in answered]
@@ -482,6 +648,9 @@ class WallVLAProcessor(ProcessorMixin):
             end = len(answer) - answer[::-1].index(self.end_token_id)  # the newline after it belongs to the next turn
             rows[index] = rows[index] + answer
             learned[index] += [True] * end + [False] * (len(answer) - end)
+        for index, tokens in discrete.items():
+            rows[index] = rows[index] + tokens
+            learned[index] += [token != self.end_token_id for token in tokens]
 
         size = len(prompts)
         tokens = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
@@ -512,7 +681,7 @@ class WallVLAProcessor(ProcessorMixin):
         attention_mask[where] = 1
         data = {"input_ids": input_ids, "attention_mask": attention_mask}
         data["mm_token_type_ids"] = (input_ids == self.image_token_id).astype(np.int64)
-        if answered:
+        if answered or discrete:
             is_learned = np.repeat(np.fromiter(chain.from_iterable(learned), dtype=bool), repeats)
             data["labels"] = np.full_like(input_ids, -100)
             data["labels"][where] = np.where(is_learned, tokens, -100)
@@ -706,6 +875,15 @@ class WallVLAProcessor(ProcessorMixin):
             round(min(max(value / image_size[axis % 2], 0.0), 1.0) * resized[axis % 2])
             for axis, value in enumerate(coordinates)
         ]
+
+
+def _check_fingerprints(found: str | None, trained: str | None, ours: str, theirs: str) -> None:
+    """Tokens mean what their codec says: another codec's are noise to the model."""
+    if found != trained:
+        raise ValueError(
+            f"Found action codec {found} in the {ours} and {trained} in the {theirs}. A codec and a model that were "
+            f"not trained together do not understand each other: use the pair that was saved together."
+        )
 
 
 # Lets `save_pretrained` copy this file and its siblings beside the weights; registers nothing in the process.

@@ -30,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import register_auto_classes
 from .action_space_wallvla import Embodiment
+from .baseline_codecs_wallvla import ActionCodec, load_action_codec
 from .configuration_wallvla import WallVLAConfig
 from .data.collator import Collator
 from .data.lerobot import LeRobotDataset
@@ -89,6 +90,9 @@ class QuickstartConfig:
     num_processes: int = field(default=2, metadata={"help": "Simulators that run at the same time."})
     seed: int = field(default=0, metadata={"help": "Of initialisation, data order and noise."})
     overwrite: bool = field(default=False, metadata={"help": "Delete a run that the folder holds."})
+    codec: str | None = field(
+        default=None, metadata={"help": "Folder of an action codec: co-trains its discrete tokens."}
+    )
 
     def __post_init__(self):
         for task in self.task:
@@ -251,7 +255,7 @@ def build_tokenizer(config: QuickstartConfig) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_processor(config: QuickstartConfig, robot: Embodiment) -> WallVLAProcessor:
+def build_processor(config: QuickstartConfig, robot: Embodiment, codec: ActionCodec | None = None) -> WallVLAProcessor:
     """The processor of the small model: 64 bins of proprioception, patches of 8 pixels, images at their own size."""
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=8, temporal_patch_size=1, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 512 * 512}
@@ -264,13 +268,17 @@ def build_processor(config: QuickstartConfig, robot: Embodiment) -> WallVLAProce
         action_horizon=8,
         state_bins=64,
         longest_side=config.image_size,
+        action_codec=codec,
     )
 
 
 def build_model(processor: WallVLAProcessor, text_loss_weight: float = 0.01) -> WallVLAForConditionalGeneration:
     """`WallVLAConfig.tiny()` with the token ids of the processor's tokenizer, randomly initialised."""
     tokenizer = processor.tokenizer
-    config = WallVLAConfig.tiny(vocab_size=-(-len(tokenizer) // 64) * 64, text_loss_weight=text_loss_weight)
+    discrete = {} if processor.action_codec is None else processor.action_token_config()
+    config = WallVLAConfig.tiny(
+        vocab_size=-(-len(tokenizer) // 64) * 64, text_loss_weight=text_loss_weight, **discrete
+    )
     vlm, text = config.vlm_config, config.vlm_config.text_config
     for name in ("image", "video"):
         setattr(vlm, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>"))
@@ -292,7 +300,8 @@ def train(config: QuickstartConfig, folder: Path, result: Path) -> None:
     )
     grounding = MultimodalDataset(folder / "grounding.parquet")
     robot = embodiment(config)
-    processor = build_processor(config, embodiment(config, compute_statistics(dataset, robot)))
+    codec = None if config.codec is None else load_action_codec(config.codec)
+    processor = build_processor(config, embodiment(config, compute_statistics(dataset, robot)), codec)
     model = build_model(processor, config.text_loss_weight)
     print(f"{len(dataset)} frames, {len(grounding)} questions, {model.num_parameters() / 1e6:.2f}M parameters")
     mixture = CoTrainingMixture(

@@ -66,12 +66,21 @@ class HubPolicy:
         num_inference_steps: integration steps; None takes the checkpoint's own.
         seed: with the episode's seed and the number of the call it fixes the noise, so that the same episode gives the
             same actions in any process and any order.
+        discrete: act by the discrete action tokens, `model.generate_action_tokens`, instead of the flow.
 
     Raises:
         ValueError: the processor does not know the embodiment.
     """
 
-    def __init__(self, model, processor, embodiment: str, num_inference_steps: int | None = None, seed: int = 0):
+    def __init__(
+        self,
+        model,
+        processor,
+        embodiment: str,
+        num_inference_steps: int | None = None,
+        seed: int = 0,
+        discrete: bool = False,
+    ):
         if embodiment not in processor.embodiments:
             known = ", ".join(sorted(processor.embodiments)) or "none"
             raise ValueError(f"Unknown embodiment {embodiment!r}: the checkpoint was trained with {known}.")
@@ -80,6 +89,7 @@ class HubPolicy:
         self.embodiment = embodiment
         self.num_inference_steps = num_inference_steps
         self.seed = seed
+        self.discrete = discrete
         # Dataset keys like "observation.images.front" name the camera in their last part.
         self.cameras = tuple(key.rsplit(".", 1)[-1] for key in processor.embodiments[embodiment].cameras)
         self.reset()
@@ -94,6 +104,7 @@ class HubPolicy:
         seed: int = 0,
         trust_remote_code: bool = False,
         dtype: str = "float32",
+        discrete: bool = False,
     ) -> "HubPolicy":
         """Loads `path` (a folder or a Hub repository) by the Auto classes.
 
@@ -103,7 +114,7 @@ class HubPolicy:
 
         model = AutoModel.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return cls(model.to(device), processor, embodiment, num_inference_steps, seed)
+        return cls(model.to(device), processor, embodiment, num_inference_steps, seed, discrete)
 
     def reset(self, seed: int = 0) -> None:
         """Starts the episode `seed`."""
@@ -121,6 +132,12 @@ class HubPolicy:
             embodiment=self.embodiment,
             return_tensors="pt",
         ).to(self.model.device)
+        if self.discrete:
+            of_flow = ("action_mask", "action_padding", "domain_ids")
+            prompt = {name: values for name, values in inputs.items() if name not in of_flow}
+            tokens = self.model.generate_action_tokens(**prompt)
+            actions = self.processor.decode_action_tokens(tokens, observation["state"], self.embodiment)
+            return np.asarray(actions[0], dtype=np.float32)
         noise = torch.randn(inputs["action_mask"].shape, generator=self._generator()).to(self.model.device)
         self._calls += 1
         with torch.no_grad():
@@ -240,7 +257,7 @@ def build_policy(spec: Mapping, env: Environment, trust_remote_code: bool = Fals
         spec: one of
             `{"kind": "expert"}` (Meta-World only),
             `{"kind": "random", "seed"?}`,
-            `{"kind": "hub", "path", "embodiment", "device"?, "num_inference_steps"?, "seed"?, "dtype"?}`,
+            `{"kind": "hub", "path", "embodiment", "device"?, "num_inference_steps"?, "seed"?, "dtype"?, "discrete"?}`,
             `{"kind": "remote", "address": "host:port"}` (a policy server of `remote.py`), and optional
             controls in any of them: `"blank_images": true`, `"instruction": str or {true: told}`.
         env: the simulator of the episode (the expert looks into it).

@@ -32,11 +32,12 @@ MAY_IMPORT = {
     "ops_wallvla": set(),
     "grounding_wallvla": set(),
     "modeling_wallvla": MODEL - {"modeling_wallvla"},
-    "action_codec_wallvla": {"configuration_wallvla"},
-    "processing_wallvla": {"action_space_wallvla", "grounding_wallvla"},
+    "action_codec_wallvla": set(),
+    "baseline_codecs_wallvla": {"action_codec_wallvla"},
+    "processing_wallvla": {"action_space_wallvla", "baseline_codecs_wallvla", "grounding_wallvla"},
     "data": {"action_space_wallvla"},
     "conversion": {"configuration_wallvla", "action_space_wallvla", "modeling_wallvla", "processing_wallvla"},
-    "trainers": MODEL | {"action_space_wallvla", "data"},
+    "trainers": MODEL | {"action_space_wallvla", "action_codec_wallvla", "data"},
     "inference": MODEL,
     "evaluation": set(),
     "serving": MODEL | {"processing_wallvla", "inference"},
@@ -55,7 +56,7 @@ MAY_IMPORT_ALL = {
     "tests",
 }
 # What remote code may need without a guard: transformers itself brings all of it but torch and Pillow
-FLAT_REQUIREMENTS = {"huggingface_hub", "numpy", "PIL", "safetensors", "torch", "transformers"}
+FLAT_REQUIREMENTS = {"huggingface_hub", "numpy", "PIL", "safetensors", "tokenizers", "torch", "transformers"}
 
 
 def room(path: Path) -> str:

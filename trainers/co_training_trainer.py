@@ -43,7 +43,8 @@ class CoTrainingTrainer(Trainer):
         data_collator: makes a batch of samples, `wallvla.data.collator.Collator`.
         train_dataset: yields samples, `wallvla.data.mixture.CoTrainingMixture`.
         eval_dataset: yields samples, *optional*.
-        processing_class: the processor, saved with every checkpoint so that each is a complete repository.
+        processing_class: the processor, saved with every checkpoint so that each is a complete repository. Its action
+            codec must be the model's.
         callbacks: more `TrainerCallback`s, *optional*.
     """
 
@@ -60,6 +61,8 @@ class CoTrainingTrainer(Trainer):
         processing_class=None,
         callbacks: list[TrainerCallback] | None = None,
     ):
+        if processing_class is not None:
+            processing_class.check_model(model.config)
         super().__init__(
             model=model,
             args=args,
