@@ -246,8 +246,9 @@ class WallVLAProcessor(ProcessorMixin):
         Args:
             samples (`list[dict]`): action samples (`images`, `instruction`, `state`, `embodiment`, and for training
                 `actions`, `action_is_pad`) and multimodal samples (`images`, `text`, and for training `answer`), in
-                any mixture. Other keys are ignored, but for `state_is_dropped`: if True, the state is left out of the
-                prompt and still used as the reference of relative actions.
+                any mixture. Other keys are ignored, but for those of training's augmentations: `state_is_dropped`
+                leaves the state out of the prompt, `state_noise` (K or more numbers) is added to the normalised state
+                in the prompt, while relative actions are measured from `state`; `dropped_cameras` are left out.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
             max_length (`int`, *optional*): overrides the processor's `max_length`.
         Returns:
@@ -314,14 +315,26 @@ class WallVLAProcessor(ProcessorMixin):
                 f"camera: {{{next(iter(embodiment.cameras))!r}: image, ...}}."
             )
         given = {short_camera_key(key): image for key, image in (images or {}).items()}
-        missing = [key for key in embodiment.cameras if short_camera_key(key) not in given]
+        cameras = self._cameras(sample)
+        missing = [key for key in cameras if short_camera_key(key) not in given]
         if missing:
             raise ValueError(
                 f"Found images of {', '.join(images or {}) or 'no camera'} in sample {index}, missing "
                 f"{', '.join(missing)}. The embodiment was trained with {', '.join(embodiment.cameras)}; pass all of "
                 f"them (the short form, such as {short_camera_key(missing[0])!r}, is enough)."
             )
-        return [given[short_camera_key(key)] for key in embodiment.cameras]
+        return [given[short_camera_key(key)] for key in cameras]
+
+    def _cameras(self, sample: dict) -> dict[str, str]:
+        """{dataset key: spoken label} of the cameras in a sample's prompt: its robot's, but for dropped ones."""
+        cameras = self.get_embodiment(sample.get("embodiment")).cameras
+        dropped = {short_camera_key(key) for key in sample.get("dropped_cameras", ())}
+        kept = {key: label for key, label in cameras.items() if short_camera_key(key) not in dropped}
+        if not kept:
+            raise ValueError(
+                f"Found dropped_cameras {', '.join(sorted(dropped))}: no camera is left. Keep at least one."
+            )
+        return kept
 
     # ---- images -------------------------------------------------------------------------------------------------
 
@@ -404,7 +417,7 @@ class WallVLAProcessor(ProcessorMixin):
             images = IMAGE_PLACEHOLDER * len(sample.get("images") or [])
             return TEXT_PROMPT.format(prompt=self.text_system_prompt, images=images, text=sample["text"])
         embodiment = self.get_embodiment(sample.get("embodiment"))
-        observation = "".join(f" {label}: {IMAGE_PLACEHOLDER}" for label in embodiment.cameras.values())
+        observation = "".join(f" {label}: {IMAGE_PLACEHOLDER}" for label in self._cameras(sample).values())
         return ACTION_PROMPT.format(
             prompt=embodiment.prompt, observation=observation, instruction=sample["instruction"], state=state
         )
@@ -419,6 +432,9 @@ class WallVLAProcessor(ProcessorMixin):
             if not rows or not embodiment.state_channels.size:
                 continue
             values = embodiment.encode_state(self._stack([samples[i]["state"] for i in rows], rows, "state", 1))
+            for value, row in zip(values, rows, strict=True):
+                if samples[row].get("state_noise") is not None:
+                    value[:] = np.clip(value + samples[row]["state_noise"][: len(value)], -1, 1)
             if self.state_dim is not None:
                 padded = np.tile(embodiment.padding("state", self.state_dim).astype(np.float64), (len(rows), 1))
                 padded[:, embodiment.state_channels] = values

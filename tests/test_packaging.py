@@ -26,7 +26,8 @@ MODEL = {"configuration_wallvla", "flow_matching_wallvla", "ops_wallvla", "model
 # Room -> the rooms that it may import: the layout table of the design. Arrows point one way, so there are no cycles.
 MAY_IMPORT = {
     "configuration_wallvla": set(),
-    "action_space_wallvla": set(),
+    "rotations_wallvla": set(),
+    "action_space_wallvla": {"rotations_wallvla"},
     "flow_matching_wallvla": set(),
     "ops_wallvla": set(),
     "modeling_wallvla": MODEL - {"modeling_wallvla"},
