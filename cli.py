@@ -209,7 +209,7 @@ def _convert(arguments: list[str]) -> None:
         default="auto",
         help="auto keeps what is stored; norms and heads are never cast",
     )
-    parser.add_argument("--max-shard-size", type=_bytes, default="4GB", help="of a weight file (default: 4GB)")
+    parser.add_argument("--max-shard-size", type=_bytes, default="4GB", help="of a weight file")
     parser.add_argument("--state-bins", type=int, help="bins of the proprioception in the prompt, if you know better")
     parser.add_argument("--longest-side", type=int, help="longer side of an image in pixels, if you know better")
     parser.add_argument(
