@@ -170,6 +170,8 @@ class ServedPolicy:
 
     def _guidance(self, requests: list[PolicyRequest], shape: torch.Size) -> partial:
         target = np.zeros((len(requests), *shape), dtype=np.float32)
+        if self.robot.action_padding:  # where the flow of channels that the robot lacks ends anyway
+            target[:] = self.robot.action_padding
         for row, request in zip(target, requests, strict=True):
             values = self.robot.encode_actions(request.previous, request.observation["state"])
             row[: len(values), self.robot.action_channels] = values
