@@ -104,7 +104,8 @@ def load_processor(folder: Path) -> WallVLAProcessor:
     """The processor of a folder, by its own classes: the Auto classes would ask before they run code of the folder."""
     values = read_json(folder / "processor_config.json")
     names = inspect.signature(WallVLAProcessor.__init__).parameters
-    fields = {name: value for name, value in values.items() if name in names and name != "image_processor"}
+    parts = ("image_processor", "action_codec")  # in files of their own, or not needed here
+    fields = {name: value for name, value in values.items() if name in names and name not in parts}
     image_processor = Qwen2VLImageProcessorPil.from_dict(values["image_processor"])
     return WallVLAProcessor(image_processor, load_tokenizer(folder), **fields)
 
