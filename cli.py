@@ -18,6 +18,12 @@ EXAMPLES = {
     "open-loop": "wallvla open-loop runs/quickstart/hub --dataset held_out --episodes 0 1 2",
     "sample": "wallvla sample runs/quickstart/hub --dataset runs/quickstart/dataset --index 100",
     "stats": "wallvla stats runs/quickstart/dataset --output robot.json",
+    "convert": "wallvla convert x-square-robot/wall-oss-0.5 ./wall-oss --dtype bfloat16",
+    "inspect": "wallvla inspect ./wall-oss",
+    "export": "wallvla export ./wall-oss ./wall-oss-published",
+    "data inspect": "wallvla data inspect runs/quickstart/dataset --images 4",
+    "data bridge": "wallvla data bridge runs/quickstart/hub --env metaworld/drawer-open-v3 --output bridge.parquet",
+    "data clean": "wallvla data clean runs/quickstart/dataset --output clean.json --dry-run",
 }
 SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
@@ -30,6 +36,12 @@ SUMMARIES = {
     "open-loop": "errors along recorded episodes, and whether the policy looks at images, instruction and state",
     "sample": "one action chunk for a recorded observation, or the answer to a question about an image",
     "stats": "normalisation statistics of a dataset, as an embodiment file",
+    "convert": "a published checkpoint becomes a repository of this layout: every tensor accounted for, or nothing",
+    "inspect": "what a checkpoint is: family, parameters, robots, tokens; reads no weights",
+    "export": "back to the published Wall-OSS layout",
+    "data inspect": "what a LeRobot dataset holds, and what is wrong with it",
+    "data bridge": "questions about the robot's own view, from a simulator or a LeRobot dataset",
+    "data clean": "which frames of a LeRobot dataset to train on; the dataset itself is not changed",
 }
 
 
@@ -209,7 +221,10 @@ def _stats(arguments: list[str]) -> None:
     from .trainers.fine_tuning import native_embodiment
 
     parser = _finish(argparse.ArgumentParser(), "stats")
-    parser.add_argument("dataset", help="LeRobot dataset folder")
+    parser.add_argument("dataset", help="LeRobot dataset folder or Hub id")
+    parser.add_argument(
+        "--cache", default="~/.cache/wallvla/statistics", help="folder in which results are kept; 'none' for none"
+    )
     parser.add_argument("--embodiment-file", help="JSON of the robot; default: its vectors as they are (native)")
     parser.add_argument("--action-horizon", type=int, default=32, help="steps of a chunk, without --embodiment-file")
     parser.add_argument("--output", help="JSON file to write; default: print the statistics")
@@ -220,12 +235,211 @@ def _stats(arguments: list[str]) -> None:
         horizon = embodiment.action_horizon
     dataset = LeRobotDataset(options.dataset, embodiment="robot", action_horizon=horizon)
     embodiment = embodiment or native_embodiment(dataset, horizon)
-    values = embodiment.to_dict() | {"statistics": compute_statistics(dataset, embodiment)}
+    cache = None if options.cache == "none" else Path(options.cache).expanduser()
+    values = embodiment.to_dict() | {"statistics": compute_statistics(dataset, embodiment, cache=cache)}
     if options.output is None:
         print(json.dumps(values["statistics"], indent=2))
         return
     Path(options.output).write_text(json.dumps(values, indent=2) + "\n")
     print(f"wrote {options.output}")
+
+
+def _bytes(text: str) -> int:
+    """A size such as 4GB or 500MB, as in the framework's `max_shard_size`."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number = text[:-2]
+    if text[-2:].upper() not in units or not number.replace(".", "", 1).isdigit() or float(number) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a size; write for instance 4GB or 500MB")
+    return int(float(number) * units[text[-2:].upper()])
+
+
+def _convert(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "convert")
+    parser.add_argument("source", help="published checkpoint: a folder or a Hub id")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument(
+        "--embodiment",
+        action="append",
+        default=[],
+        metavar="NAME[=FILE]",
+        help="keep only this robot; with FILE, a JSON file that describes it. Several times for several robots",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="auto keeps what is stored; norms and heads are never cast",
+    )
+    parser.add_argument("--max-shard-size", type=_bytes, default="4GB", help="of a weight file (default: 4GB)")
+    parser.add_argument("--state-bins", type=int, help="bins of the proprioception in the prompt, if you know better")
+    parser.add_argument("--longest-side", type=int, help="longer side of an image in pixels, if you know better")
+    parser.add_argument(
+        "--tables", choices=["weights", "files"], help="which normalisers count where weights and .pth files disagree"
+    )
+    parser.add_argument("--action-tokens", type=int, default=0, help="discrete action tokens to add to a Qwen2.5-VL")
+    parser.add_argument("--seed", type=int, default=0, help="of the action expert that a Qwen2.5-VL does not have")
+    options = vars(parser.parse_args(_read_config(parser, arguments)))
+    from .conversion import Options, convert
+
+    source, output = options.pop("source"), options.pop("output")
+    options.pop("config")
+    report = convert(source, output, Options(**options), show_progress=True)
+    print(
+        f"{report['family']}: {len(report['source_keys'])} published tensors, {len(report['parameters'])} parameters; "
+        f"embodiments: {', '.join(report['embodiments']) or 'none'}"
+    )
+    for note in report["notes"]:
+        print(f"note: {note}")
+    print(f"wrote {output}; conversion_report.txt says where every tensor went")
+
+
+def _inspect(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "inspect")
+    parser.add_argument("path", help="checkpoint, published or of this layout: a folder or a Hub id")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(_read_config(parser, arguments))
+    from .conversion import inspect, inspection_text
+
+    found = inspect(options.path)
+    print(json.dumps(found, indent=2) if options.json else inspection_text(found))
+
+
+def _export(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "export")
+    parser.add_argument("source", help="folder in the layout of this package")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument("--max-shard-size", type=_bytes, help="of a weight file; default: one file, as upstream")
+    options = parser.parse_args(_read_config(parser, arguments))
+    from .conversion import export
+
+    print(f"wrote {export(options.source, options.output, options.max_shard_size, show_progress=True)}")
+
+
+def _cleaning_options(parser: argparse.ArgumentParser, arguments: list[str]):
+    """Parses what the commands on data have in common. Returns (options, dataset, thresholds)."""
+    from .data.cleaning import CleaningOptions
+    from .data.lerobot import LeRobotDataset
+
+    default = CleaningOptions()
+    parser.add_argument("dataset", help="LeRobot dataset folder or Hub id")
+    parser.add_argument("--images", type=int, default=default.frames_per_episode, help="frames looked at per episode")
+    parser.add_argument("--stationary", type=float, default=default.stationary, help="idle below this share of range")
+    parser.add_argument("--min-motion", type=float, default=default.min_motion, help="near-constant below this share")
+    parser.add_argument("--min-frames", type=int, default=default.min_frames, help="shorter episodes are left out")
+    parser.add_argument("--length-deviations", type=float, default=default.length_deviations)
+    parser.add_argument("--state-key", default="observation.state", help="feature with the proprioception")
+    parser.add_argument("--action-key", default="action", help="feature with the action; 'none' if there is none")
+    parser.add_argument(
+        "--on-error", choices=["raise", "skip"], default="skip", help="stop at an unreadable episode, or count it"
+    )
+    options = parser.parse_args(_read_config(parser, arguments))
+    dataset = LeRobotDataset(
+        options.dataset,
+        embodiment="inspected",
+        action_horizon=1,
+        cameras=None if options.images else [],
+        state_key=options.state_key,
+        action_key=None if options.action_key == "none" else options.action_key,
+        skip_errors=options.on_error == "skip",
+    )
+    thresholds = CleaningOptions(
+        stationary=options.stationary,
+        min_motion=options.min_motion,
+        length_deviations=options.length_deviations,
+        min_frames=options.min_frames,
+        frames_per_episode=options.images,
+    )
+    return options, dataset, thresholds
+
+
+def _data_inspect(arguments: list[str]) -> None:
+    from .data.cleaning import format_inspection, inspect_dataset
+
+    parser = _finish(argparse.ArgumentParser(), "data inspect")
+    _, dataset, thresholds = _cleaning_options(parser, arguments)
+    print(format_inspection(inspect_dataset(dataset, thresholds)))
+
+
+def _data_clean(arguments: list[str]) -> None:
+    from .data.cleaning import format_inspection, inspect_dataset, make_plan, write_plan
+
+    parser = _finish(argparse.ArgumentParser(), "data clean")
+    parser.add_argument("--output", help="JSON file with the frames to keep")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be left out")
+    options, dataset, thresholds = _cleaning_options(parser, arguments)
+    if options.output is None and not options.dry_run:
+        parser.error("give --output FILE, or --dry-run to see what would be left out")
+    inspection = inspect_dataset(dataset, thresholds)
+    print(format_inspection(inspection))
+    if options.dry_run:
+        print("dry run: nothing was written")
+    else:
+        print(f"wrote {write_plan(make_plan(inspection), options.output)}")
+
+
+def _data_bridge(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "data bridge")
+    parser.add_argument("checkpoint", help="checkpoint whose processor writes boxes and points: a folder or a Hub id")
+    parser.add_argument("--env", nargs="+", help="metaworld/TASK, one or more: from the simulator's ground truth")
+    parser.add_argument("--episodes", type=int, default=10, help="demonstrations of each task")
+    parser.add_argument("--image-size", type=int, default=128, help="pixels of the simulator's images")
+    parser.add_argument("--dataset", help="LeRobot dataset: from its trajectories")
+    parser.add_argument("--embodiment", help="robot of the dataset in the checkpoint; default: its only one")
+    parser.add_argument("--camera", help="fixed camera of the dataset; default: the robot's first")
+    parser.add_argument("--calibration", help="JSON of that camera: intrinsics, extrinsics, size")
+    parser.add_argument("--annotator", help="image-text model for captions and next steps: a folder or a Hub id")
+    parser.add_argument("--every", type=int, default=25, help="frames between two images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", required=True, help="parquet file to create")
+    options = parser.parse_args(_read_config(parser, arguments))
+    if (options.env is None) == (options.dataset is None):
+        parser.error("give either --env or --dataset")
+    from transformers import AutoProcessor
+
+    from . import register_auto_classes
+    from .data.annotator import TransformersAnnotator
+    from .data.bridge import frames_of_demonstration, write_bridge_samples
+    from .evaluation.demonstrations import record_demonstrations
+    from .evaluation.metaworld import CONTROL_FREQUENCY
+
+    register_auto_classes()
+    processor = AutoProcessor.from_pretrained(options.checkpoint)
+    if options.env:
+        frames = (
+            frame
+            for demonstration in record_demonstrations(
+                [name.removeprefix("metaworld/") for name in options.env],
+                options.episodes,
+                image_size=options.image_size,
+                grounding_every=options.every,
+                all_views=True,
+                progress=False,
+            )
+            for frame in frames_of_demonstration(demonstration, fps=CONTROL_FREQUENCY)
+        )
+    else:
+        frames = _recorded_frames(options, processor)
+    annotator = TransformersAnnotator(options.annotator) if options.annotator else None
+    counts = write_bridge_samples(frames, options.output, processor, seed=options.seed, annotator=annotator)
+    print("\n".join(f"{count:>7} {kind}" for kind, count in sorted(counts.items())))
+    print(f"wrote {options.output}")
+
+
+def _recorded_frames(options: argparse.Namespace, processor):
+    """Facts of all episodes of a LeRobot dataset, for `_data_bridge`."""
+    from .data.bridge import Camera, frames_of_episode
+    from .data.lerobot import LeRobotDataset
+
+    robot = processor.get_embodiment(options.embodiment)
+    camera = options.camera or next(iter(robot.cameras))
+    dataset = LeRobotDataset(options.dataset, embodiment="bridge", cameras=[camera], action_horizon=1)
+    calibration = None
+    if options.calibration:
+        calibration = Camera.from_dict(json.loads(Path(options.calibration).read_text()))
+    for position in range(dataset.num_episodes):
+        yield from frames_of_episode(
+            dataset, position, robot, dataset.camera_keys[0], calibration, stride=options.every
+        )
 
 
 COMMANDS = {
@@ -239,6 +453,12 @@ COMMANDS = {
     "open-loop": _open_loop,
     "sample": _sample,
     "stats": _stats,
+    "convert": _convert,
+    "inspect": _inspect,
+    "export": _export,
+    "data inspect": _data_inspect,
+    "data clean": _data_clean,
+    "data bridge": _data_bridge,
 }
 
 
@@ -246,23 +466,23 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `wallvla` command. Errors of the user's input end in one message and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<12}{SUMMARIES[name]}" for name in COMMANDS]
+        lines = [f"  {name:<14}{SUMMARIES[name]}" for name in COMMANDS]
         print("usage: wallvla COMMAND [options]\n\n" + "\n".join(lines) + "\n\nexample:\n  wallvla quickstart")
         print("\n`wallvla COMMAND --help` shows the options of a command and an example.")
         return
-    if arguments[0] not in COMMANDS:
-        sys.exit(f"wallvla: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}.")
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    command = " ".join(arguments[:words])
+    if command not in COMMANDS:
+        sys.exit(f"wallvla: unknown command {command!r}; the commands are {', '.join(COMMANDS)}.")
     from .evaluation.workers import WorkerError
 
     try:
-        COMMANDS[arguments[0]](arguments[1:])
+        COMMANDS[command](arguments[words:])
     except (ValueError, OSError, WorkerError) as error:
-        print(f"wallvla {arguments[0]}: error: {error}", file=sys.stderr)
+        print(f"wallvla {command}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(
-            f"wallvla {arguments[0]}: interrupted; what is complete stays, and the same command goes on from there."
-        )
+        sys.exit(f"wallvla {command}: interrupted; what is complete stays, and the same command goes on from there.")
 
 
 if __name__ == "__main__":

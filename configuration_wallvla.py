@@ -85,6 +85,14 @@ class WallVLAConfig(PreTrainedConfig):
         The largest flow time s in training and in sampling.
     num_inference_steps (`int`, *optional*, defaults to 10):
         Euler steps of `sample_actions`.
+    norm_in_float32 (`bool`, *optional*, defaults to `False`):
+        The RMS norms of both experts stay in float32 and multiply by their weight before they cast back, as
+        Wall-OSS was trained. `False` is Qwen's order: cast, then multiply. In float32 the two are the same.
+    proprioception (`str`, *optional*, defaults to `"text"`):
+        `"text"`: the state is part of the prompt. `"projected"`: a linear map of [state ; which channels exist]
+        takes the place of the token `state_token_id` (wall-oss-flow-0.1).
+    state_dim (`int`, *optional*, defaults to 26), state_token_id (`int`, *optional*):
+        Channels of a projected state and its token; not used with `"text"`.
     """
 
     model_type = "wallvla"
@@ -128,6 +136,10 @@ class WallVLAConfig(PreTrainedConfig):
     time_scale: float = 0.999
     num_inference_steps: int = 10
     initializer_range: float = 0.02
+    norm_in_float32: bool = False
+    proprioception: Literal["text", "projected"] = "text"
+    state_dim: int = 26
+    state_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -166,6 +178,11 @@ class WallVLAConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_action_tokens is {self.num_action_tokens} but action_token_start_id is None: give the id of the "
                 "first discrete action token."
+            )
+        if self.proprioception == "projected" and self.state_token_id is None:
+            raise ValueError(
+                'proprioception is "projected" but state_token_id is None: give the id of the token that the '
+                "projected state replaces."
             )
         if self.prediction == "action" and self.loss_space == "velocity":
             raise ValueError(

@@ -120,6 +120,29 @@ class PrefixReader:
         return self.keys, self.values
 
 
+class WallVLARMSNorm(nn.Module):
+    """RMS norm in float32 that multiplies by its weight before it casts back; Qwen casts first (Wall-OSS)."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            states = hidden.float()
+            states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.eps)
+            return (self.weight.float() * states).to(hidden.dtype)
+
+
+def norm_in_float32(decoder: nn.Module, width: int, eps: float) -> None:
+    """Puts `WallVLARMSNorm` in the place of the norms of a decoder (`layers`, `norm`); names stay as they are."""
+    for layer in decoder.layers:
+        layer.input_layernorm = WallVLARMSNorm(width, eps)
+        layer.post_attention_layernorm = WallVLARMSNorm(width, eps)
+    decoder.norm = WallVLARMSNorm(width, eps)
+
+
 class MoTActionExpert(nn.Module):
     """The action expert of Wall-OSS-0.5: a narrow transformer as deep as the VL expert, sharing its attention."""
 
@@ -168,7 +191,7 @@ class MoTActionExpert(nn.Module):
             (B, H, D) float32.
         """
         horizon, prefix_length = noisy_actions.shape[1], context.visible.shape[1]
-        hidden = self.embed(noisy_actions, time, channel_mask).to(self.norm.weight.dtype)
+        hidden = self.embed(noisy_actions, time, channel_mask).to(context.last_hidden_state.dtype)
         positions = context.next_position[:, None] + torch.arange(horizon, device=hidden.device)  # (B, H)
         rope = self.rotary_emb(hidden, positions)
         mask = action_attention_mask(context.visible, step_mask, self.config.action_attention == "causal")
@@ -197,6 +220,7 @@ class WallVLAPreTrainedModel(PreTrainedModel):
         "action_time_mlp_in",
         "action_time_mlp_out",
         "action_out_proj",
+        "state_proj",
     ]
     # The trainer averages the losses itself, over ranks and accumulated batches
     accepts_loss_kwargs = False
@@ -242,6 +266,16 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         super().__init__(config)
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         self.action_expert = MoTActionExpert(config)
+        if config.proprioception == "projected":
+            self.state_proj = nn.Linear(2 * config.state_dim, config.vlm_config.text_config.hidden_size, bias=False)
+        if config.norm_in_float32:
+            for decoder, sizes in (
+                (self.vlm.model.language_model, config.vlm_config.text_config),
+                (self.action_expert, config.action_expert),
+            ):
+                norm_in_float32(decoder, sizes.hidden_size, sizes.rms_norm_eps)
+            norms = ["input_layernorm", "post_attention_layernorm", "language_model.norm", "action_expert.norm"]
+            self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, *norms]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -261,6 +295,8 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         domain_ids: Tensor | None = None,
+        states: Tensor | None = None,
+        state_mask: Tensor | None = None,
     ) -> PrefixContext:
         """Runs the prefix through the VL expert and keeps what an action expert reads.
 
@@ -272,6 +308,8 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             pixel_values: patches of all images, (patches, patch size).
             image_grid_thw: patch grid of each image, (images, 3).
             domain_ids: (B,) int64.
+            states: normalised proprioception, (B, state_dim) float32; only with `proprioception` "projected".
+            state_mask: channels that the robot's state has, (B, state_dim) bool.
         """
         model, text = self.vlm.model, self.vlm.model.language_model
         if attention_mask is None:
@@ -284,6 +322,8 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             images = torch.cat(model.get_image_features(pixel_values, image_grid_thw).pooler_output).to(hidden.dtype)
             image_mask, _ = model.get_placeholder_mask(input_ids, hidden, images)
             hidden = hidden.masked_scatter(image_mask, images)
+        if self.config.proprioception == "projected":
+            hidden = self._with_states(hidden, input_ids, states, state_mask)
 
         positions, _ = model.get_rope_index(
             input_ids, mm_token_type_ids, image_grid_thw=image_grid_thw, attention_mask=attention_mask
@@ -310,6 +350,24 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             next_position=next_position,
             domain_ids=domain_ids,
         )
+
+    def _with_states(
+        self, hidden: Tensor, input_ids: Tensor, states: Tensor | None, state_mask: Tensor | None
+    ) -> Tensor:
+        """Puts the projected state on the token that stands for it. (B, S, C), the other arguments as above."""
+        here = (input_ids == self.config.state_token_id)[..., None]  # (B, S, 1)
+        if states is None:
+            if here.any():
+                raise ValueError(
+                    'The prompt has a token for the state but there are no `states`: with proprioception "projected" '
+                    "pass `states` (B, state_dim) and `state_mask`, as the processor makes them."
+                )
+            return hidden
+        if state_mask is None:
+            state_mask = torch.ones_like(states, dtype=torch.bool)
+        with torch.autocast(hidden.device.type, enabled=False):
+            embedded = self.state_proj(torch.cat([states.float(), state_mask.float()], dim=-1))  # (B, C)
+        return torch.where(here, embedded[:, None].to(hidden.dtype), hidden)
 
     def is_action_token(self, token_ids: Tensor) -> Tensor:
         """True where an id is a discrete action token. Any shape, bool."""
@@ -340,21 +398,32 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         domain_ids: Tensor | None = None,
         noise: Tensor | None = None,
         time: Tensor | None = None,
+        action_padding: Tensor | None = None,
+        states: Tensor | None = None,
+        state_mask: Tensor | None = None,
     ) -> WallVLAOutput:
         """One training pass over action samples, multimodal samples or both in a batch.
 
         Args:
-            input_ids, attention_mask, mm_token_type_ids, pixel_values, image_grid_thw, domain_ids: see
-                `encode_prefix`.
+            input_ids, attention_mask, mm_token_type_ids, pixel_values, image_grid_thw, domain_ids, states, state_mask:
+                see `encode_prefix`.
             labels: next-token targets, -100 on context, (B, S) int64.
             actions: normalised action chunks, (B, H, D) float32.
             action_mask: True on used channels of steps that are not padding, (B, H, D) bool; all False for a
                 multimodal sample.
             noise: the noise of the path, (B, H, D) float32; drawn when absent.
             time: flow times, (B,) float32; drawn when absent.
+            action_padding: clean value of channels that the robot lacks, (B, D) float32; 0 when absent.
         """
         context = self.encode_prefix(
-            input_ids, attention_mask, mm_token_type_ids, pixel_values, image_grid_thw, domain_ids
+            input_ids,
+            attention_mask,
+            mm_token_type_ids,
+            pixel_values,
+            image_grid_thw,
+            domain_ids,
+            states,
+            state_mask,
         )
         if labels is None and actions is None:
             return WallVLAOutput(logits=self.vlm.lm_head(context.last_hidden_state))
@@ -368,7 +437,7 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             # backward pass, which its keys and values alone would not make it do
             loss = loss + 0.0 * context.last_hidden_state.sum()
         if actions is not None:
-            loss = loss + self._flow_loss(context, actions, action_mask, noise, time, output)
+            loss = loss + self._flow_loss(context, actions, action_mask, noise, time, action_padding, output)
         output.loss = loss
         return output
 
@@ -396,6 +465,7 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         action_mask: Tensor | None,
         noise: Tensor | None,
         time: Tensor | None,
+        action_padding: Tensor | None,
         output: WallVLAOutput,
     ) -> Tensor:
         """Fills the flow loss and the recovered action of `output` and returns the loss."""
@@ -409,8 +479,9 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
                 len(actions), config.time_sampler, config.time_alpha, config.time_scale, device=actions.device
             )
         channel_mask, step_mask = action_mask.any(dim=1, keepdim=True), action_mask.any(dim=2)
-        # Whatever a dataset left in channels that the robot lacks, the network sees zero there
-        actions = torch.where(channel_mask, actions, 0.0)
+        # Whatever a dataset left in channels that the robot lacks, the network sees their padding there
+        padding = torch.zeros_like(actions[:, 0]) if action_padding is None else action_padding  # (B, D)
+        actions = torch.where(channel_mask, actions, padding[:, None])
         noisy_actions = interpolate(actions, noise, time)
         if config.gradient_bridge == "stop_gradient":
             context = context.detach()
@@ -435,16 +506,20 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         noise: Tensor | None = None,
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
+        action_padding: Tensor | None = None,
+        states: Tensor | None = None,
+        state_mask: Tensor | None = None,
     ) -> Tensor:
         """Samples an action chunk by Euler steps from noise. The prefix is computed once.
 
         Args:
-            input_ids, attention_mask, mm_token_type_ids, pixel_values, image_grid_thw, domain_ids: see
-                `encode_prefix`.
+            input_ids, attention_mask, mm_token_type_ids, pixel_values, image_grid_thw, domain_ids, states, state_mask:
+                see `encode_prefix`.
             action_mask: True on the channels and steps that the robot has, (B, H, D) bool.
             noise: start of the flow, (B, H, D) float32; drawn when absent.
             num_inference_steps: Euler steps, `config.num_inference_steps` when absent.
             generator: source of the noise.
+            action_padding: clean value of channels that the robot lacks, (B, D) float32; 0 when absent.
 
         Returns:
             Normalised actions (B, H, D) float32, 0 where `action_mask` is False.
@@ -458,16 +533,24 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         if action_mask is None:
             action_mask = torch.ones(shape, dtype=torch.bool, device=device)
         channel_mask, step_mask = action_mask.any(dim=1, keepdim=True), action_mask.any(dim=2)
+        padding = torch.zeros_like(noise[:, 0]) if action_padding is None else action_padding  # (B, D)
         context = self.encode_prefix(
-            input_ids, attention_mask, mm_token_type_ids, pixel_values, image_grid_thw, domain_ids
+            input_ids,
+            attention_mask,
+            mm_token_type_ids,
+            pixel_values,
+            image_grid_thw,
+            domain_ids,
+            states,
+            state_mask,
         ).with_room(config.action_horizon)
 
         times = time_grid(num_inference_steps or config.num_inference_steps, config.time_scale, device)
         actions = noise
         for time, next_time in zip(times[:-1], times[1:], strict=True):
             velocity = self.predict_velocity(actions, time.expand(shape[0]), context, channel_mask, step_mask)
-            # Channels that the robot lacks go straight from noise to zero, as they did in training
-            velocity = torch.where(channel_mask, velocity, -noise)
+            # Channels that the robot lacks go straight from noise to their padding, as they did in training
+            velocity = torch.where(channel_mask, velocity, padding[:, None] - noise)
             actions = euler_step(actions, velocity, time, next_time)
         return torch.where(action_mask, actions, 0.0)
 

@@ -24,6 +24,7 @@ from .action_space_wallvla import DEFAULT_PROMPT, Embodiment, short_camera_key
 ImageLike = Image.Image | np.ndarray
 
 IMAGE_TOKEN = "<|image_pad|>"
+STATE_TOKEN = "<|propri|>"
 IMAGE_PLACEHOLDER = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 END_TOKEN = "<|im_end|>"
 
@@ -58,14 +59,17 @@ class WallVLAProcessor(ProcessorMixin):
             Images are resized to this longer side, aspect kept, before the image processor rounds the sides to whole
             patches. `None` leaves that step out.
         state_dim (`int`, *optional*):
-            Numbers of the proprioception in the prompt: the state at its canonical channels and the middle bin in the
-            others (Wall-OSS-0.5: 26). `None` writes only the channels that the robot has.
+            Numbers of the proprioception in the prompt: the state at its canonical channels and the embodiment's
+            `state_padding` in the others (Wall-OSS-0.5: 26). `None` writes only the channels that the robot has.
         max_length (`int`, *optional*):
             The longest sequence, image tokens included. A longer one is an error; nothing is ever cut off.
         text_system_prompt (`str`, *optional*):
             System turn of multimodal samples. Action samples use the prompt of their embodiment.
         chat_template (`str`, *optional*):
             As in every processor; the prompts above do not use it.
+        proprioception (`str`, *optional*, defaults to `"text"`):
+            `"text"`: the state is written into the prompt, in bins. `"projected"`: the prompt has the token
+            <|propri|> in its place, and the model gets `states` and `state_mask`. As in the model's configuration.
     """
 
     # transformers restores only parameters that can be passed by position, so none of these is keyword-only.
@@ -82,6 +86,7 @@ class WallVLAProcessor(ProcessorMixin):
         max_length: int | None = None,
         text_system_prompt: str = DEFAULT_PROMPT,
         chat_template: str | None = None,
+        proprioception: str = "text",
     ):
         if image_processor is None:
             image_processor = Qwen2VLImageProcessorPil()
@@ -95,9 +100,14 @@ class WallVLAProcessor(ProcessorMixin):
         self.state_dim = state_dim
         self.max_length = max_length
         self.text_system_prompt = text_system_prompt
+        self.proprioception = proprioception
+        if proprioception == "projected" and state_dim is None:
+            raise ValueError("Found projected proprioception without state_dim: give its number of channels.")
 
         self.image_token_id = self._special_token_id(IMAGE_TOKEN)
         self.end_token_id = self._special_token_id(END_TOKEN)
+        if proprioception == "projected":
+            self._special_token_id(STATE_TOKEN)
         if tokenizer.pad_token_id is None:
             raise ValueError("Found a tokenizer without a pad token. Batches are padded; set `tokenizer.pad_token`.")
         self._pixel_table = self._prepare_pixel_table()
@@ -133,6 +143,9 @@ class WallVLAProcessor(ProcessorMixin):
         if isinstance(embodiment, dict):
             embodiment = Embodiment.from_dict(embodiment)
         embodiment.channel_mask(self.action_dim)  # raises if the layout reaches beyond the model's channels
+        embodiment.padding("action", self.action_dim)
+        if self.state_dim is not None:
+            embodiment.padding("state", self.state_dim)
         if embodiment.action_horizon > self.action_horizon:
             raise ValueError(
                 f"Found action_horizon {embodiment.action_horizon} in embodiment {name!r}, the model predicts "
@@ -233,8 +246,9 @@ class WallVLAProcessor(ProcessorMixin):
         Args:
             samples (`list[dict]`): action samples (`images`, `instruction`, `state`, `embodiment`, and for training
                 `actions`, `action_is_pad`) and multimodal samples (`images`, `text`, and for training `answer`), in
-                any mixture. Other keys are ignored, but for `state_is_dropped`: if True, the state is left out of the
-                prompt and still used as the reference of relative actions.
+                any mixture. Other keys are ignored, but for those of training's augmentations: `state_is_dropped`
+                leaves the state out of the prompt, `state_noise` (K or more numbers) is added to the normalised state
+                in the prompt, while relative actions are measured from `state`; `dropped_cameras` are left out.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
             max_length (`int`, *optional*): overrides the processor's `max_length`.
         Returns:
@@ -245,6 +259,9 @@ class WallVLAProcessor(ProcessorMixin):
             - **labels** (B, S) int64, if a sample has an answer: the answer and its end of turn, -100 elsewhere.
             - **action_mask** (B, H, D) bool and **domain_ids** (B,) int64, if there is an action sample: the steps and
               channels that mean something. False for multimodal samples.
+            - **action_padding** (B, D) float32, beside `action_mask`: the normalised value of channels that the robot
+              lacks; the model starts and ends its path there.
+            - **states** (B, state_dim) float32 and **state_mask** (B, state_dim) bool, if the state is projected.
             - **actions** (B, H, D) float32, if the samples have actions: normalised, 0 where masked.
         Raises:
             ValueError: what was found, which rule it breaks and what to do, for every input that does not fit.
@@ -254,7 +271,11 @@ class WallVLAProcessor(ProcessorMixin):
         groups = self._group_by_embodiment(samples)
         images = [self._ordered_images(sample, index) for index, sample in enumerate(samples)]
         pixels, grids = self._patches([self._resized(image) for image in chain.from_iterable(images)])
-        states = self._state_texts(samples, groups)
+        values = self._state_values(samples, groups)
+        if self.proprioception == "text":
+            states = {row: " ".join(map(str, np.digitize(line, self._bin_edges) - 1)) for row, line in values.items()}
+        else:
+            states = dict.fromkeys(values, STATE_TOKEN)
         prompts = [self._prompt(sample, states.get(index, "")) for index, sample in enumerate(samples)]
         answers = [sample.get("answer") if "text" in sample else None for sample in samples]
         image_counts = np.array([len(row) for row in images])
@@ -265,6 +286,8 @@ class WallVLAProcessor(ProcessorMixin):
             data.update(pixel_values=pixels, image_grid_thw=grids)
         if groups:
             data.update(self._actions(samples, groups))
+            if self.proprioception == "projected":
+                data.update(self._projected_states(len(samples), values, groups))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _group_by_embodiment(self, samples: list[dict]) -> list[tuple[Embodiment, list[int]]]:
@@ -292,14 +315,26 @@ class WallVLAProcessor(ProcessorMixin):
                 f"camera: {{{next(iter(embodiment.cameras))!r}: image, ...}}."
             )
         given = {short_camera_key(key): image for key, image in (images or {}).items()}
-        missing = [key for key in embodiment.cameras if short_camera_key(key) not in given]
+        cameras = self._cameras(sample)
+        missing = [key for key in cameras if short_camera_key(key) not in given]
         if missing:
             raise ValueError(
                 f"Found images of {', '.join(images or {}) or 'no camera'} in sample {index}, missing "
                 f"{', '.join(missing)}. The embodiment was trained with {', '.join(embodiment.cameras)}; pass all of "
                 f"them (the short form, such as {short_camera_key(missing[0])!r}, is enough)."
             )
-        return [given[short_camera_key(key)] for key in embodiment.cameras]
+        return [given[short_camera_key(key)] for key in cameras]
+
+    def _cameras(self, sample: dict) -> dict[str, str]:
+        """{dataset key: spoken label} of the cameras in a sample's prompt: its robot's, but for dropped ones."""
+        cameras = self.get_embodiment(sample.get("embodiment")).cameras
+        dropped = {short_camera_key(key) for key in sample.get("dropped_cameras", ())}
+        kept = {key: label for key, label in cameras.items() if short_camera_key(key) not in dropped}
+        if not kept:
+            raise ValueError(
+                f"Found dropped_cameras {', '.join(sorted(dropped))}: no camera is left. Keep at least one."
+            )
+        return kept
 
     # ---- images -------------------------------------------------------------------------------------------------
 
@@ -382,14 +417,14 @@ class WallVLAProcessor(ProcessorMixin):
             images = IMAGE_PLACEHOLDER * len(sample.get("images") or [])
             return TEXT_PROMPT.format(prompt=self.text_system_prompt, images=images, text=sample["text"])
         embodiment = self.get_embodiment(sample.get("embodiment"))
-        observation = "".join(f" {label}: {IMAGE_PLACEHOLDER}" for label in embodiment.cameras.values())
+        observation = "".join(f" {label}: {IMAGE_PLACEHOLDER}" for label in self._cameras(sample).values())
         return ACTION_PROMPT.format(
             prompt=embodiment.prompt, observation=observation, instruction=sample["instruction"], state=state
         )
 
-    def _state_texts(self, samples: list[dict], groups: list) -> dict[int, str]:
-        """{index of the sample: its digitised state, numbers of 0 to state_bins - 1 joined by spaces}."""
-        texts = {}
+    def _state_values(self, samples: list[dict], groups: list) -> dict[int, np.ndarray]:
+        """{index of the sample: its normalised state, (state_dim,) or without `state_dim` (K,)}."""
+        found = {}
         for embodiment, indices in groups:
             rows = [
                 i for i in indices if samples[i].get("state") is not None and not samples[i].get("state_is_dropped")
@@ -397,13 +432,26 @@ class WallVLAProcessor(ProcessorMixin):
             if not rows or not embodiment.state_channels.size:
                 continue
             values = embodiment.encode_state(self._stack([samples[i]["state"] for i in rows], rows, "state", 1))
+            for value, row in zip(values, rows, strict=True):
+                if samples[row].get("state_noise") is not None:
+                    value[:] = np.clip(value + samples[row]["state_noise"][: len(value)], -1, 1)
             if self.state_dim is not None:
-                padded = np.zeros((len(rows), self.state_dim))
+                padded = np.tile(embodiment.padding("state", self.state_dim).astype(np.float64), (len(rows), 1))
                 padded[:, embodiment.state_channels] = values
                 values = padded
-            bins = np.digitize(values, self._bin_edges) - 1
-            texts.update((row, " ".join(map(str, line))) for row, line in zip(rows, bins.tolist(), strict=True))
-        return texts
+            found.update(zip(rows, values, strict=True))
+        return found
+
+    def _projected_states(self, size: int, values: dict[int, np.ndarray], groups: list) -> dict[str, np.ndarray]:
+        """`states` and `state_mask`; see `encode`. Rows without a state are zero and have no token."""
+        states = np.zeros((size, self.state_dim), dtype=np.float32)
+        mask = np.zeros((size, self.state_dim), dtype=bool)
+        for embodiment, rows in groups:
+            for row in rows:
+                if row in values:
+                    states[row] = values[row]
+                    mask[row, embodiment.state_channels] = True
+        return {"states": states, "state_mask": mask}
 
     @staticmethod
     def _stack(values: list, rows: list[int], name: str, dimensions: int) -> np.ndarray:
@@ -468,9 +516,13 @@ class WallVLAProcessor(ProcessorMixin):
     # ---- actions ------------------------------------------------------------------------------------------------
 
     def _actions(self, samples: list[dict], groups: list) -> dict[str, np.ndarray]:
-        """`action_mask`, `domain_ids` and, if the samples have them, `actions`; see `encode`."""
+        """`action_mask`, `action_padding`, `domain_ids` and, if the samples have them, `actions`; see `encode`."""
         shape = (len(samples), self.action_horizon, self.action_dim)
-        data = {"action_mask": np.zeros(shape, dtype=bool), "domain_ids": np.zeros(len(samples), dtype=np.int64)}
+        data = {
+            "action_mask": np.zeros(shape, dtype=bool),
+            "action_padding": np.zeros((len(samples), self.action_dim), dtype=np.float32),
+            "domain_ids": np.zeros(len(samples), dtype=np.int64),
+        }
         indices = sorted(chain.from_iterable(rows for _, rows in groups))
         without = [index for index in indices if samples[index].get("actions") is None]
         if without and len(without) < len(indices):
@@ -482,6 +534,7 @@ class WallVLAProcessor(ProcessorMixin):
             data["actions"] = np.zeros(shape, dtype=np.float32)
         for embodiment, rows in groups:
             data["domain_ids"][rows] = embodiment.domain
+            data["action_padding"][rows] = embodiment.padding("action", self.action_dim)
             if without:
                 where = np.ix_(rows, np.arange(embodiment.action_horizon), embodiment.action_channels)
                 data["action_mask"][where] = True

@@ -7,8 +7,10 @@ Legend: N frames, E episodes, H action horizon, S state size, D action size, (h,
 """
 
 import io
+import logging
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..action_space_wallvla import short_camera_key
+from .chunks import linear
+from .hub import open_dataset
+from .language import PERSISTENT, SUBTASK_INDEX, EpisodeLanguage, read_persistent, read_subtasks
 from .lerobot_metadata import EpisodeRecord, open_parquet, read_episodes, read_info, read_parquet, read_tasks
 from .video import VideoReader
 
+
+logger = logging.getLogger(__name__)
 
 OPEN_VIDEOS = 64  # file handles per process; a shuffled dataset visits its video files in random order
 ROW_GROUP_CACHE_BYTES = 512 * 2**20  # compressed images kept per process when they live inside parquet files
@@ -29,16 +36,30 @@ class LeRobotDataset:
     """Map-style dataset of action samples (`docs/architecture.md`), one per recorded frame.
 
     Args:
-        root: dataset folder (the one that contains `meta/`).
+        root: dataset folder (the one that contains `meta/`), or a Hub id ("lerobot/pusht"), of which only the files
+            that are read get downloaded, videos when they are first needed.
         embodiment: written into every sample; a key of `processor.embodiments`.
         cameras: camera keys to decode, full (`"observation.images.front"`) or short (`"front"`), in this order.
             Default: all colour cameras of the dataset; `[]` for none.
-        action_horizon: H, length of the action chunk in frames.
+        action_horizon: H, steps of the action chunk.
         episodes: episode numbers to read, in this order. Default: all.
+        keep: frames to keep by episode number, ascending numbers of its frames; the other frames are as if they had
+            never been recorded. Episodes that are not named are kept whole, those with no frame left out. This is what
+            `wallvla data clean` writes; see `cleaning.read_plan`.
         frames_in_memory: decode all frames once, now, into uint8 memory. Needs N * h * w * 3 bytes per camera, which
             forked data loader workers share and spawned ones copy. Worth it for small images, and for image columns
             in files of one huge row group (older writers), whose random access reads the whole group.
-        state_key, action_key: features that hold proprioception and action.
+        state_key, action_key: features that hold proprioception and action. `action_key=None`: the dataset has no
+            actions, the state of the next frame takes their place (the last frame of an episode, which has no next
+            one, is left out).
+        convert: called once per episode as `convert(states (T, S0), actions (T, D0))`, returns float arrays (T, S) and
+            (T, D): forward kinematics, other conventions; see `unification.py`.
+        action_times_s: (H,) seconds after the observation at which the steps of a chunk lie, ascending; see
+            `chunks.py`. Default: step j is the j-th next frame.
+        interpolate: `interpolate(lower (..., D), upper (..., D), fraction (...,))` between two neighbouring frames,
+            for times that fall between them. Default: linear. `Embodiment.interpolate_actions` turns rotations.
+        skip_errors: leave out episodes that cannot be read and list them in `skipped`, instead of raising.
+        revision: branch, tag or commit of a Hub dataset.
         tolerance_s: largest accepted distance in seconds between a row and its video frame. Default: a quarter of the
             frame period, below which the nearest frame cannot be a neighbour.
 
@@ -47,7 +68,11 @@ class LeRobotDataset:
         camera_keys (`list[str]`), num_episodes (`int`),
         episode_ids (`(E,)` int64): the dataset's own episode numbers,
         episode_bounds (`(E, 2)` int64): first and past-the-end sample index of each episode,
-        states (`(N, S)` float32), actions (`(N, D)` float32): robot units.
+        states (`(N, S)` float32), actions (`(N, D)` float32): robot units,
+        frame_numbers (`(N,)` int64): each sample's frame in its recording,
+        subtasks (`list[str]`), subtask_indices (`(N,)` int64): step-level instructions; -1 where there is none,
+        language (`list[EpisodeLanguage]`): annotations of each episode, empty where there are none,
+        skipped (`dict[int, str]`): reason by number of the episodes that `skip_errors` left out.
 
     Raises:
         FileNotFoundError: the folder or a file that the metadata names is missing.
@@ -65,16 +90,24 @@ class LeRobotDataset:
         cameras: list[str] | None = None,
         action_horizon: int,
         episodes: list[int] | None = None,
+        keep: dict[int, Sequence[int]] | None = None,
         frames_in_memory: bool = False,
         state_key: str = "observation.state",
-        action_key: str = "action",
+        action_key: str | None = "action",
+        convert: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
+        action_times_s: Sequence[float] | None = None,
+        interpolate: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] = linear,
+        skip_errors: bool = False,
+        revision: str | None = None,
         tolerance_s: float | None = None,
     ):
         if action_horizon < 1:
             raise ValueError(f"action_horizon is {action_horizon}; it must be at least 1 frame.")
-        self.root = Path(root)
+        self.root, self._hub = open_dataset(root, revision)
         self.embodiment = embodiment
         self.action_horizon = action_horizon
+        self._convert, self._interpolate, self._skip_errors = convert, interpolate, skip_errors
+        self.skipped: dict[int, str] = {}
         info = read_info(self.root)
         self.fps = info["fps"]
         self.features = info["features"]
@@ -82,14 +115,16 @@ class LeRobotDataset:
         self.camera_keys = self._resolve_cameras(cameras)
         self._video_keys = [key for key in self.camera_keys if self.features[key]["dtype"] == "video"]
         for key, role in ((state_key, "state_key"), (action_key, "action_key")):
-            if key not in self.features:
+            if key is not None and key not in self.features:
                 raise ValueError(
                     f"{role} {key!r} is not a feature of {self.root}. It has: {', '.join(sorted(self.features))}."
                 )
         self.tasks = read_tasks(self.root, info)
+        self._action_steps = _steps_of_times(action_times_s, action_horizon, self.fps)
         self._records = _select(read_episodes(self.root, info, self._video_keys), episodes, self.root)
-        self._load_rows(state_key, action_key)
-        self._check_files_exist()
+        if self._hub is None:
+            self._check_videos_exist()
+        self._load_rows(state_key, action_key, keep or {})
         self._open_files = _OpenFiles()
         self._memory: dict[str, np.ndarray] = {}
         if frames_in_memory:
@@ -107,26 +142,37 @@ class LeRobotDataset:
                 )
         return [by_name[camera] for camera in cameras]
 
-    def _load_rows(self, state_key: str, action_key: str):
+    def _load_rows(self, state_key: str, action_key: str | None, keep: dict[int, Sequence[int]]):
         """Fill the per-frame arrays from the data files, one file at a time."""
-        image_keys = [key for key in self.camera_keys if key not in self._video_keys]
         by_file: dict[Path, list[int]] = {}
         for position, record in enumerate(self._records):
             by_file.setdefault(record.data_file, []).append(position)
-        parts: list[dict[str, np.ndarray] | None] = [None] * len(self._records)
+        parts: list[dict | None] = [None] * len(self._records)
+        image_keys = [key for key in self.camera_keys if key not in self._video_keys]
+        reader = _EpisodeReader(state_key, action_key, image_keys, self.features, self._convert, keep)
         # delay: the old format has a file per episode, so this can take a while; the new one is done before it shows.
         for path, positions in tqdm(by_file.items(), desc="reading", unit="file", delay=2, disable=None):
-            rows = _read_data_file(path, state_key, action_key, image_keys, self.features)
-            order = np.argsort(rows["episode_index"], kind="stable")
-            sorted_ids = rows["episode_index"][order]
+            try:
+                if self._hub is not None:
+                    self._hub.fetch(path)
+                reader.open(path)
+            except (ValueError, OSError) as error:
+                self._skip([self._records[position].index for position in positions], error)
+                continue
             for position in positions:
-                record = self._records[position]
-                first, last = np.searchsorted(sorted_ids, [record.index, record.index + 1])
-                _check_episode_rows(rows, order[first:last], record, state_key, action_key)
-                parts[position] = {name: column[order[first:last]] for name, column in rows.items()}
-                parts[position]["row_in_file"] = order[first:last]
+                try:
+                    parts[position] = reader.episode(self._records[position])
+                except ValueError as error:
+                    self._skip([self._records[position].index], error)
 
-        lengths = [record.length for record in self._records]
+        kept = [position for position, part in enumerate(parts) if part is not None and len(part["state"])]
+        if not kept:
+            raise ValueError(
+                f"No episode of {self.root} can be used: {list(self.skipped.values())[:3] or 'none kept'}."
+            )
+        self._records = [self._records[position] for position in kept]
+        parts = [parts[position] for position in kept]
+        lengths = [len(part["state"]) for part in parts]
         ends = np.cumsum(lengths)
         self.episode_bounds = np.stack([ends - lengths, ends], axis=1)  # (E, 2)
         self.episode_ids = np.asarray([record.index for record in self._records], dtype=np.int64)
@@ -136,7 +182,9 @@ class LeRobotDataset:
         self.actions = np.concatenate([part["action"] for part in parts])  # (N, D)
         self.timestamps = np.concatenate([part["timestamp"] for part in parts])  # (N,) seconds in the episode
         self.task_indices = np.concatenate([part["task_index"] for part in parts])  # (N,)
+        self.frame_numbers = np.concatenate([part["frame_index"] for part in parts])  # (N,)
         self._row_in_file = np.concatenate([part["row_in_file"] for part in parts])  # (N,)
+        self._load_language(parts)
         unknown = sorted(set(self.task_indices.tolist()) - set(self.tasks))
         if unknown:
             raise ValueError(
@@ -144,16 +192,41 @@ class LeRobotDataset:
                 f"{sorted(self.tasks)}. The metadata and the data are from different revisions; download both again."
             )
 
-    def _check_files_exist(self):
-        seen = set()
+    def _skip(self, episodes: list[int], error: Exception):
+        if not self._skip_errors:
+            raise error
+        for episode in episodes:
+            self.skipped[episode] = str(error)
+        logger.warning("%s: episode(s) %s skipped: %s", self.root, episodes, error)
+
+    def _load_language(self, parts: list[dict]):
+        self.language = [part["language"] for part in parts]
+        texts: dict[str, int] = {}
+        older = read_subtasks(self.root)
+        self.subtask_indices = np.full(len(self), -1, dtype=np.int64)
+        for (start, stop), part in zip(self.episode_bounds, parts, strict=True):
+            steps = part["language"].step_at(self.timestamps[start:stop])
+            if older and "subtask_index" in part:
+                steps = [older.get(int(number)) for number in part["subtask_index"]]
+            for index, text in enumerate(steps, start):
+                if text is not None:
+                    self.subtask_indices[index] = texts.setdefault(text, len(texts))
+        self.subtasks = list(texts)
+
+    def _check_videos_exist(self):
+        seen, broken = set(), set()
         for record in self._records:
             for key, (path, _) in record.videos.items():
                 if path not in seen and not path.is_file():
-                    raise FileNotFoundError(
+                    error = FileNotFoundError(
                         f"{path} is missing: the video of {key}, episode {record.index}. Download it, or leave the "
                         "camera out with cameras=[...]."
                     )
+                    self._skip([record.index], error)
+                    broken.add(record.index)
+                    break
                 seen.add(path)
+        self._records = [record for record in self._records if record.index not in broken]
 
     def __len__(self) -> int:
         return len(self._episode_of_frame)
@@ -164,7 +237,8 @@ class LeRobotDataset:
         Returns:
             dict with `images` ({camera key: uint8 (h, w, 3)}), `instruction`, `state` float32 (S,), `embodiment`,
             `actions` float32 (H, D) in robot units, `action_is_pad` bool (H,), and for messages and evaluation
-            `episode_index`, `frame_index`, `timestamp` (seconds since the start of the episode), `dataset_index`.
+            `episode_index`, `frame_index`, `timestamp` (seconds since the start of the episode), `dataset_index`;
+            where the dataset has them `subtask` (the step-level instruction) and `paraphrases` (of the instruction).
 
         Raises:
             IndexError: index outside the dataset.
@@ -173,6 +247,11 @@ class LeRobotDataset:
         index = self._checked(index)
         episode = int(self._episode_of_frame[index])
         actions, is_pad = self.action_chunks(np.asarray([index]))
+        language = {}
+        if self.subtask_indices[index] >= 0:
+            language["subtask"] = self.subtasks[self.subtask_indices[index]]
+        if self.language[episode].paraphrases:
+            language["paraphrases"] = list(self.language[episode].paraphrases)
         return {
             "images": {key: self.image(index, key) for key in self.camera_keys},
             "instruction": self.tasks[int(self.task_indices[index])],
@@ -181,9 +260,10 @@ class LeRobotDataset:
             "actions": actions[0],
             "action_is_pad": is_pad[0],
             "episode_index": int(self.episode_ids[episode]),
-            "frame_index": index - int(self.episode_bounds[episode, 0]),
+            "frame_index": int(self.frame_numbers[index]),
             "timestamp": float(self.timestamps[index]),
             "dataset_index": index,
+            **language,
         }
 
     def _checked(self, index: int) -> int:
@@ -202,9 +282,14 @@ class LeRobotDataset:
             bool, True on those repeated steps.
         """
         indices = np.asarray(indices)
-        last = self.episode_bounds[self._episode_of_frame[indices], 1] - 1
-        steps = indices[:, None] + np.arange(self.action_horizon)  # (B, H)
-        return self.actions[np.minimum(steps, last[:, None])], steps > last[:, None]
+        last = self.episode_bounds[self._episode_of_frame[indices], 1][:, None] - 1  # (B, 1)
+        if self._action_steps is None:
+            steps = indices[:, None] + np.arange(self.action_horizon)  # (B, H)
+            return self.actions[np.minimum(steps, last)], steps > last
+        steps = np.minimum(indices[:, None] + self._action_steps, last)
+        lower = np.floor(steps).astype(np.int64)
+        between = self._interpolate(self.actions[lower], self.actions[np.minimum(lower + 1, last)], steps - lower)
+        return between.astype(np.float32), indices[:, None] + self._action_steps > last
 
     def image(self, index: int, camera: str) -> np.ndarray:
         """One decoded image: uint8 (h, w, 3) RGB. `camera` is one of `camera_keys`."""
@@ -213,10 +298,12 @@ class LeRobotDataset:
             return self._memory[camera][index].copy()
         episode = int(self._episode_of_frame[index])
         record = self._records[episode]
-        frame = index - int(self.episode_bounds[episode, 0])
+        frame = int(self.frame_numbers[index])
         try:
             if camera in record.videos:
                 path, start_s = record.videos[camera]
+                if self._hub is not None:
+                    self._hub.fetch(path)
                 # frame / fps rather than the timestamp column: float32 seconds are coarser than a tick of the video.
                 return self._open_files.video(path).frame_at(start_s + frame / self.fps, self.tolerance_s)
             encoded = self._open_files.images(record.data_file, camera).encoded(int(self._row_in_file[index]))
@@ -367,22 +454,95 @@ def _select(records: list[EpisodeRecord], episodes: list[int] | None, root: Path
     return [by_index[episode] for episode in chosen]
 
 
-def _read_data_file(
-    path: Path, state_key: str, action_key: str, image_keys: list[str], features: dict
-) -> dict[str, np.ndarray]:
-    """The numeric columns of one data file, rows in file order."""
-    table = read_parquet(path, [state_key, action_key, "timestamp", "frame_index", "episode_index", "task_index"])
-    absent = [key for key in image_keys if key not in open_parquet(path).schema_arrow.names]
-    if absent:
-        raise ValueError(f"{path} has no image column {', '.join(absent)}, which info.json declares.")
-    return {
-        "state": _matrix(table[state_key], path, state_key, features[state_key]),
-        "action": _matrix(table[action_key], path, action_key, features[action_key]),
-        "timestamp": table["timestamp"].to_numpy().astype(np.float64),
-        "frame_index": table["frame_index"].to_numpy().astype(np.int64),
-        "episode_index": table["episode_index"].to_numpy().astype(np.int64),
-        "task_index": table["task_index"].to_numpy().astype(np.int64),
-    }
+def _steps_of_times(times_s: Sequence[float] | None, horizon: int, fps: float) -> np.ndarray | None:
+    """Times (H,) in seconds as frames, whole numbers where they are nearly whole; `None` for consecutive frames."""
+    if times_s is None:
+        return None
+    steps = np.asarray(times_s, dtype=np.float64) * fps
+    if steps.shape != (horizon,) or not np.isfinite(steps).all() or (steps < 0).any() or (np.diff(steps) <= 0).any():
+        raise ValueError(
+            f"action_times_s is {np.round(times_s, 4).tolist()}; it must be {horizon} (action_horizon) ascending "
+            "times from 0 s on."
+        )
+    return np.where(np.abs(steps - np.round(steps)) < 1e-6, np.round(steps), steps)
+
+
+class _EpisodeReader:
+    """Reads the numbers of episodes out of one data file after the other; see `LeRobotDataset` for the arguments."""
+
+    def __init__(self, state_key, action_key, image_keys, features, convert, keep):
+        self._state_key, self._action_key, self._image_keys = state_key, action_key, image_keys
+        self._features, self._convert, self._keep = features, convert, keep
+
+    def open(self, path: Path):
+        """Read the numeric columns of a file, rows in file order."""
+        columns = [self._state_key, "timestamp", "frame_index", "episode_index", "task_index"]
+        names = open_parquet(path).schema_arrow.names
+        absent = [key for key in self._image_keys if key not in names]
+        if absent:
+            raise ValueError(f"{path} has no image column {', '.join(absent)}, which info.json declares.")
+        if self._action_key is not None:
+            columns.append(self._action_key)
+        optional = [name for name in (SUBTASK_INDEX, PERSISTENT) if name in names]
+        table = read_parquet(path, columns + optional)
+        self._rows = {
+            "state": _matrix(table[self._state_key], path, self._state_key, self._features[self._state_key]),
+            "timestamp": table["timestamp"].to_numpy().astype(np.float64),
+        }
+        if self._action_key is not None:
+            self._rows["action"] = _matrix(
+                table[self._action_key], path, self._action_key, self._features[self._action_key]
+            )
+        for name in ("frame_index", "episode_index", "task_index", *optional[: SUBTASK_INDEX in optional]):
+            self._rows[name] = table[name].to_numpy().astype(np.int64)
+        self._language = table[PERSISTENT] if PERSISTENT in optional else None
+        self._order = np.argsort(self._rows["episode_index"], kind="stable")
+        self._sorted_ids = self._rows["episode_index"][self._order]
+
+    def episode(self, record: EpisodeRecord) -> dict:
+        """The columns of one episode, checked, converted, and without the frames that are not kept."""
+        first, last = np.searchsorted(self._sorted_ids, [record.index, record.index + 1])
+        rows = self._order[first:last]
+        keys = {"state": self._state_key} | ({"action": self._action_key} if "action" in self._rows else {})
+        _check_episode_rows(self._rows, rows, record, keys)
+        part = {name: column[rows] for name, column in self._rows.items()}
+        part["row_in_file"] = rows
+        part["language"] = EpisodeLanguage()
+        if self._language is not None and len(rows):
+            part["language"] = read_persistent(self._language, int(rows[0]))
+        kept = self._kept_frames(record)
+        if kept is not None:
+            part = {name: value if name == "language" else value[kept] for name, value in part.items()}
+        if "action" not in part:
+            part["action"] = part["state"][1:]  # the next state is what the robot was told, up to its tracking error
+            part = {
+                name: value if name in ("language", "action") else value[: len(part["action"])]
+                for name, value in part.items()
+            }
+        if self._convert is not None and len(part["state"]):
+            part["state"], part["action"] = self._converted(part["state"], part["action"], record.index)
+        return part
+
+    def _kept_frames(self, record: EpisodeRecord) -> np.ndarray | None:
+        if record.index not in self._keep:
+            return None
+        kept = np.asarray(self._keep[record.index], dtype=np.int64)
+        if (np.diff(kept) <= 0).any() or (len(kept) and not 0 <= kept[0] <= kept[-1] < record.length):
+            raise ValueError(
+                f"keep names frames of episode {record.index} that it does not have (0 to {record.length - 1}), or "
+                "not in ascending order. The cleaning plan belongs to another dataset; run `wallvla data clean` again."
+            )
+        return kept
+
+    def _converted(self, states: np.ndarray, actions: np.ndarray, episode: int) -> tuple[np.ndarray, np.ndarray]:
+        converted = [np.asarray(values, dtype=np.float32) for values in self._convert(states, actions)]
+        for name, values in zip(("states", "actions"), converted, strict=True):
+            if values.ndim != 2 or len(values) != len(states) or not np.isfinite(values).all():
+                raise ValueError(
+                    f"convert returned {name} of shape {values.shape} for the {len(states)} frames of episode "
+                    f"{episode}, or numbers that are not finite; it returns one finite vector per frame."
+                )
+        return converted[0], converted[1]
 
 
 def _matrix(column: pa.ChunkedArray, path: Path, key: str, feature: dict) -> np.ndarray:
@@ -400,7 +560,7 @@ def _matrix(column: pa.ChunkedArray, path: Path, key: str, feature: dict) -> np.
 
 
 def _check_episode_rows(
-    rows: dict[str, np.ndarray], selected: np.ndarray, record: EpisodeRecord, state_key: str, action_key: str
+    rows: dict[str, np.ndarray], selected: np.ndarray, record: EpisodeRecord, keys: dict[str, str]
 ):
     if len(selected) != record.length:
         raise ValueError(
@@ -412,7 +572,7 @@ def _check_episode_rows(
             f"{record.data_file}: frame_index of episode {record.index} does not count 0 to {record.length - 1}. "
             "Record or download it again."
         )
-    for name, key in (("state", state_key), ("action", action_key)):
+    for name, key in keys.items():
         finite = np.isfinite(rows[name][selected]).all(axis=1)
         if not finite.all():
             raise ValueError(

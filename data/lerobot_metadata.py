@@ -6,6 +6,7 @@ v2.1 and v2.0: one data file and one video per camera for each episode; tasks an
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ def read_info(root: Path) -> dict:
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}. Download the file again.") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} holds {str(info)[:60]!r}; it is a JSON object. Download the file again.")
     version = info.get("codebase_version")
     if version not in SUPPORTED_VERSIONS:
         raise ValueError(
@@ -52,15 +55,57 @@ def read_info(root: Path) -> dict:
     ]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}. Download the file again.")
-    if info["fps"] <= 0:
-        raise ValueError(f"{path} has fps {info['fps']}; it must be positive. Download the file again.")
+    _check_info(info, path)
     return info
+
+
+def _check_info(info: dict, path: Path):
+    """Raises ValueError unless every entry of info.json that is used has its type."""
+
+    def is_count(value, smallest: int = 0) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+
+    rules = {
+        "fps": (isinstance(info["fps"], int | float) and 0 < info["fps"] < math.inf, "positive"),
+        "total_episodes": (is_count(info["total_episodes"]), "a count"),
+        "total_frames": (is_count(info["total_frames"]), "a count"),
+        "chunks_size": (is_count(info.get("chunks_size", 1000), 1), "a count of at least 1"),
+        "data_path": (isinstance(info["data_path"], str), "a path"),
+        "video_path": (isinstance(info.get("video_path"), str | None), "a path or null"),
+        "features": (isinstance(info["features"], dict), "a mapping"),
+    }
+    wrong = [f"{name} {info.get(name)!r}; it must be {kind}" for name, (fits, kind) in rules.items() if not fits]
+    if not wrong:
+        for name, feature in info["features"].items():
+            shape = feature.get("shape") if isinstance(feature, dict) else None
+            is_shape = isinstance(shape, list) and all(is_count(size, 1) for size in shape)
+            if not is_shape or not isinstance(feature.get("dtype"), str):
+                wrong.append(f"feature {name} {str(feature)[:60]!r} (a mapping with dtype and shape)")
+            elif not all(isinstance(feature.get(key) or {}, dict) for key in ("info", "video_info")):
+                wrong.append(f"feature {name} with info {str(feature.get('info'))[:60]!r} (a mapping)")
+    if wrong:
+        raise ValueError(f"{path} has {'; '.join(wrong)}. Download the file again.")
+
+
+def _filled(template: str, root: Path, **values) -> Path:
+    """The path of a file, from a template of info.json."""
+    try:
+        name = template.format(**values)
+    except (LookupError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{root / 'meta' / 'info.json'} has the path {template!r}, which cannot be filled with "
+            f"{', '.join(values)}: {type(error).__name__} {error}. Download the file again."
+        ) from error
+    if "\0" in name:
+        raise ValueError(f"{root / 'meta' / 'info.json'} has the path {template!r}, which no file can have.")
+    return root / name
 
 
 def read_tasks(root: Path, info: dict) -> dict[int, str]:
     """Instructions of the dataset, {task_index: instruction}."""
     if info["codebase_version"] != "v3.0":
-        return {line["task_index"]: line["task"] for line in _json_lines(root / "meta" / "tasks.jsonl")}
+        lines = _json_lines(root / "meta" / "tasks.jsonl", ("task_index", "task"))
+        return {line["task_index"]: line["task"] for line in lines}
     path = root / "meta" / "tasks.parquet"
     table = read_parquet(path)
     # The instruction is the pandas index: named "task" by newer writers, nameless (pandas' placeholder) by older ones.
@@ -101,11 +146,11 @@ def read_episodes(root: Path, info: dict, video_keys: list[str]) -> list[Episode
 
 
 def _episodes_v2(root: Path, info: dict, video_keys: list[str]) -> Iterator[EpisodeRecord]:
-    for line in _json_lines(root / "meta" / "episodes.jsonl"):
+    for line in _json_lines(root / "meta" / "episodes.jsonl", ("episode_index", "length")):
         index = line["episode_index"]
         place = {"episode_chunk": index // info.get("chunks_size", 1000), "episode_index": index}
-        videos = {key: (root / info["video_path"].format(video_key=key, **place), 0.0) for key in video_keys}
-        yield EpisodeRecord(index, line["length"], root / info["data_path"].format(**place), videos)
+        videos = {key: (_filled(info["video_path"], root, video_key=key, **place), 0.0) for key in video_keys}
+        yield EpisodeRecord(index, line["length"], _filled(info["data_path"], root, **place), videos)
 
 
 def _episodes_v3(root: Path, info: dict, video_keys: list[str]) -> Iterator[EpisodeRecord]:
@@ -122,15 +167,22 @@ def _episodes_v3(root: Path, info: dict, video_keys: list[str]) -> Iterator[Epis
 
 def _episode_of_row(row: dict, root: Path, info: dict, video_keys: list[str]) -> EpisodeRecord:
     """One row of `meta/episodes`; indices may have become floats on their way through pandas."""
+    needed = ("episode_index", "length", "data/chunk_index", "data/file_index")
+    if not all(isinstance(row[name], int | float) and abs(row[name]) < 2**53 for name in needed):
+        raise ValueError(
+            f"{root}: meta/episodes has a row with { {name: row[name] for name in needed} }; all are numbers. "
+            "Download meta/ again."
+        )
     index, length = int(row["episode_index"]), int(row["length"])
-    data_file = info["data_path"].format(
-        chunk_index=int(row["data/chunk_index"]), file_index=int(row["data/file_index"])
-    )
+    place = {"chunk_index": int(row["data/chunk_index"]), "file_index": int(row["data/file_index"])}
+    data_file = _filled(info["data_path"], root, **place)
     videos = {}
     for key in video_keys:
         if row[f"videos/{key}/file_index"] is None:
             raise ValueError(f"{root}: meta/episodes names no {key} video for episode {index}. Leave the camera out.")
-        path = info["video_path"].format(
+        path = _filled(
+            info["video_path"],
+            root,
             video_key=key,
             chunk_index=int(row[f"videos/{key}/chunk_index"]),
             file_index=int(row[f"videos/{key}/file_index"]),
@@ -143,17 +195,26 @@ def _episode_of_row(row: dict, root: Path, info: dict, video_keys: list[str]) ->
                 f"{(end - start) * info['fps']:.2f} frames at {info['fps']} fps. Leave the episode out, or record it "
                 "again."
             )
-        videos[key] = (root / path, start)
-    return EpisodeRecord(index, length, root / data_file, videos)
+        videos[key] = (path, start)
+    return EpisodeRecord(index, length, data_file, videos)
 
 
-def _json_lines(path: Path) -> list[dict]:
+def _json_lines(path: Path, needed: tuple[str, ...]) -> list[dict]:
+    """Objects of a JSON lines file, each with the needed entries, of which the ones that count are whole numbers."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. Download meta/ again.")
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON lines: {error}. Download the file again.") from error
+    for number, line in enumerate(lines):
+        fits = isinstance(line, dict) and all(isinstance(line.get(n), str if n == "task" else int) for n in needed)
+        if not fits:
+            raise ValueError(
+                f"{path}, line {number} is {str(line)[:60]!r}; it needs {' and '.join(needed)}. Download the file "
+                "again."
+            )
+    return lines
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:

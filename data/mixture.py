@@ -1,42 +1,90 @@
-"""Co-training mixture of an action dataset and a multimodal dataset, and the augmentations of its samples.
+"""Co-training mixture of action and multimodal samples.
 
 Sample i of the mixture depends on (seed, i) and nothing else: not on the number of workers, not on what was read
 before, so a resumed run sees what an uninterrupted one would have seen. Read it in order (a sequential sampler): the
 order is already shuffled, and consecutive blocks hold the exact proportion.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
 
 import numpy as np
 
+from .augmentation import Augmentation, compose, drop_state, random_shift
+from .sampling import BalancedSources
 
-Augmentation = Callable[[dict, np.random.Generator], dict]
+
+__all__ = ["Augmentation", "CoTrainingMixture", "compose", "drop_state", "random_shift"]
+
+logger = logging.getLogger(__name__)
 
 # Names of independent random streams of one seed.
-_ACTION, _MULTIMODAL, _POSITIONS, _AUGMENTATION = range(4)
+_ACTION, _MULTIMODAL, _POSITIONS, _AUGMENTATION, _REPLACEMENT = range(5)
 _CACHED_PASSES = 2  # workers that read around the end of a pass need this one and the next
+REPLACEMENTS = 20  # draws that are tried in the place of one that cannot be read
+
+
+class _Passes:
+    """An endless stream of draws from one dataset, in passes: each draws every sample once, in an order of its own."""
+
+    def __init__(self, dataset: Sequence[dict], seed: int, stream: int):
+        self._dataset, self._seed, self._stream = dataset, seed, stream
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._dataset[index]
+
+    def epoch_length(self, epoch: int = 0) -> int:
+        return len(self._dataset)
+
+    def draw(self, number: int) -> int:
+        """Index of the `number`-th draw."""
+        pass_number, position = divmod(number, len(self._dataset))
+        if pass_number not in self._orders:
+            if len(self._orders) == _CACHED_PASSES:
+                del self._orders[next(iter(self._orders))]
+            rng = np.random.default_rng([self._seed, self._stream, pass_number])
+            self._orders[pass_number] = rng.permutation(len(self._dataset))
+        return int(self._orders[pass_number][position])
+
+    def fingerprint(self) -> dict:
+        return {"seed": self._seed, "samples": len(self._dataset)}
+
+    def __getstate__(self) -> dict:
+        # Orders are recomputed where they are needed; for a large dataset they would dominate the pickle.
+        return self.__dict__ | {"_orders": {}}
 
 
 class CoTrainingMixture:
     """Map-style mixture over a fixed number of draws.
 
     With multimodal_fraction = p / q in lowest terms, each block of q consecutive indices (q k to q k + q - 1) holds
-    exactly p multimodal samples at random places. Each source is read in passes: a pass draws every one of its samples
-    once, in an order of its own.
+    exactly p multimodal samples at random places. A plain dataset is read in passes: a pass draws every one of its
+    samples once, in an order of its own. `BalancedSources` decide by themselves what an epoch holds.
 
     Args:
-        action_dataset: anything with `len` and integer indexing that yields action samples.
+        action_dataset: anything with `len` and integer indexing that yields action samples; `BalancedSources` for
+            several datasets with balanced tasks.
         multimodal_dataset: the same for multimodal samples; `None` for actions only (the fraction then has no effect).
         multimodal_fraction: share of multimodal samples, 0 <= p / q < 1 with q at most 1000.
-        seed: of every random choice.
-        length: number of draws. Default: as many as it takes to see every action sample once.
+        seed: of every random choice (`BalancedSources` have their own).
+        length: number of draws. Default: as many as it takes to see every action sample once, or one epoch of
+            `BalancedSources`.
         augment: called as `augment(sample, rng)` on every sample, with a generator of this draw; returns the sample to
             use and must not write into the given arrays.
+        skip_errors: a sample that cannot be read (ValueError or OSError) is replaced by another one of its kind, which
+            depends on the draw alone, and logged. Otherwise the error is raised.
+        first_draw: number of the draw at index 0; see `resume`.
 
     Raises:
         ValueError: an empty source, or a number out of range.
+
+    Attributes:
+        num_skipped (`int`): draws that this process replaced, of which each is logged.
     """
 
     def __init__(
@@ -48,6 +96,8 @@ class CoTrainingMixture:
         seed: int = 0,
         length: int | None = None,
         augment: Augmentation | None = None,
+        skip_errors: bool = False,
+        first_draw: int = 0,
     ):
         if not 0 <= multimodal_fraction < 1:
             raise ValueError(f"multimodal_fraction is {multimodal_fraction}; it must be at least 0 and below 1.")
@@ -62,18 +112,22 @@ class CoTrainingMixture:
                     f"the exact proportion do not exist. The nearest is {fraction} = {float(fraction)}."
                 )
         self._multimodal_per_block, self._block_size = fraction.numerator, fraction.denominator
-        self._sources = {_ACTION: action_dataset}
-        if self._multimodal_per_block:
-            self._sources[_MULTIMODAL] = multimodal_dataset
-        for source, dataset in self._sources.items():
-            if len(dataset) == 0:
-                raise ValueError(f"The {'action' if source == _ACTION else 'multimodal'} dataset is empty.")
         self.seed = seed
+        datasets = {_ACTION: action_dataset}
+        if self._multimodal_per_block:
+            datasets[_MULTIMODAL] = multimodal_dataset
+        for kind, dataset in datasets.items():
+            if len(dataset) == 0:
+                raise ValueError(f"The {'action' if kind == _ACTION else 'multimodal'} dataset is empty.")
+        self._sources = {
+            kind: dataset if isinstance(dataset, BalancedSources) else _Passes(dataset, seed, kind)
+            for kind, dataset in datasets.items()
+        }
         self._augment = augment
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
-        self._length = self._draws_of_one_action_pass() if length is None else length
-        if self._length < 1:
-            raise ValueError(f"length is {length}; a mixture has at least one draw.")
+        self._skip_errors = skip_errors
+        self._first_draw = first_draw
+        self.num_skipped = 0
+        self.set_length(self.epochs_length() if length is None else length)
 
     def __len__(self) -> int:
         return self._length
@@ -83,31 +137,53 @@ class CoTrainingMixture:
 
         Raises:
             IndexError: index outside the mixture.
+            ValueError: the sample cannot be read; with `skip_errors` only if no replacement can be read either.
         """
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"Draw {index} is outside the mixture, which has {len(self)} draws.")
-        index = int(index) % len(self)
-        source, sample_index = self._locate(index)
-        sample = self._sources[source][sample_index]
+        number = self._number(index)
+        sample = self._read(number)
         if self._augment is not None:
-            sample = self._augment(sample, np.random.default_rng([self.seed, _AUGMENTATION, index]))
+            sample = self._augment(sample, np.random.default_rng([self.seed, _AUGMENTATION, number]))
         return sample
 
     def locate(self, index: int) -> tuple[str, int]:
         """Where draw `index` comes from: ("action" or "multimodal", index in that dataset)."""
-        source, sample_index = self._locate(index)
+        source, sample_index = self._locate(self._number(index))
         return ("action" if source == _ACTION else "multimodal"), sample_index
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        block, place = divmod(index, self._block_size)
+    def _number(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Draw {index} is outside the mixture, which has {len(self)} draws.")
+        number = int(index) % len(self) + self._first_draw
+        if number < 0:
+            raise IndexError(f"Draw {index} lies before the point from which this mixture was resumed.")
+        return number
+
+    def _read(self, number: int) -> dict:
+        source, sample_index = self._locate(number)
+        if not self._skip_errors:
+            return self._sources[source][sample_index]
+        rng = np.random.default_rng([self.seed, _REPLACEMENT, number])
+        for _ in range(REPLACEMENTS):
+            try:
+                return self._sources[source][sample_index]
+            except (ValueError, OSError) as error:
+                self.num_skipped += 1
+                logger.warning("Draw %d skipped (number %d in this process): %s", number, self.num_skipped, error)
+            sample_index = int(rng.integers(len(self._sources[source])))
+        raise ValueError(
+            f"{REPLACEMENTS} samples in a row cannot be read in the place of draw {number}. The errors are in the "
+            "log; look at the dataset with `wallvla data inspect`."
+        )
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        block, place = divmod(number, self._block_size)
         multimodal_places = self._multimodal_places(block)
-        before = int(np.searchsorted(multimodal_places, place))  # multimodal draws of this block before `index`
+        before = int(np.searchsorted(multimodal_places, place))  # multimodal draws of this block before this one
         if before < len(multimodal_places) and multimodal_places[before] == place:
             source, draw = _MULTIMODAL, block * self._multimodal_per_block + before
         else:
             source, draw = _ACTION, block * (self._block_size - self._multimodal_per_block) + place - before
-        pass_number, position = divmod(draw, len(self._sources[source]))
-        return source, int(self._order(source, pass_number)[position])
+        return source, self._sources[source].draw(draw)
 
     def _multimodal_places(self, block: int) -> np.ndarray:
         """Sorted places of the multimodal samples in a block. Random, because regular places would hand all of them
@@ -117,81 +193,54 @@ class CoTrainingMixture:
         rng = np.random.default_rng([self.seed, _POSITIONS, block])
         return np.sort(rng.choice(self._block_size, self._multimodal_per_block, replace=False))
 
-    def _order(self, source: int, pass_number: int) -> np.ndarray:
-        """The order in which a pass visits a source: a permutation of its indices."""
-        key = (source, pass_number)
-        if key not in self._orders:
-            cached = [other for other in self._orders if other[0] == source]
-            if len(cached) == _CACHED_PASSES:
-                del self._orders[cached[0]]
-            rng = np.random.default_rng([self.seed, source, pass_number])
-            self._orders[key] = rng.permutation(len(self._sources[source]))
-        return self._orders[key]
-
-    def _draws_of_one_action_pass(self) -> int:
+    def epochs_length(self, epochs: float = 1) -> int:
+        """Draws of so many epochs from the first draw on: all action samples of each, with their multimodal ones."""
+        source = self._sources[_ACTION]
+        whole = sum(source.epoch_length(epoch) for epoch in range(int(epochs)))
+        actions = whole + round((epochs - int(epochs)) * source.epoch_length(int(epochs)))
         actions_per_block = self._block_size - self._multimodal_per_block
-        blocks, rest = divmod(len(self._sources[_ACTION]), actions_per_block)
+        blocks, rest = divmod(actions, actions_per_block)
         if rest == 0:
             return blocks * self._block_size
         places = np.setdiff1d(np.arange(self._block_size), self._multimodal_places(blocks))  # of action samples
         return blocks * self._block_size + int(places[rest - 1]) + 1
 
-    def __getstate__(self) -> dict:
-        # Orders are recomputed where they are needed; for a large dataset they would dominate the pickle.
-        return self.__dict__ | {"_orders": {}}
+    def set_length(self, length: int) -> None:
+        """Change the number of draws; the draws themselves stay what they are."""
+        if length < 1:
+            raise ValueError(f"length is {length}; a mixture has at least one draw.")
+        self._length = length
 
+    # ---- stopping and going on --------------------------------------------------------------------------------------
 
-def compose(*augmentations: Augmentation) -> Augmentation:
-    """One augmentation that applies several, in the given order."""
-    return partial(_compose, augmentations=augmentations)
+    def state(self, draws: int) -> dict:
+        """What a run has to remember to go on after `draws` draws of this mixture, as JSON."""
+        return {"draws": draws + self._first_draw, **self._fingerprint()}
 
+    def resume(self, state: dict, index: int = 0) -> None:
+        """Make `index` the first draw that the run which saved `state` has not used.
 
-def _compose(sample: dict, rng: np.random.Generator, *, augmentations: tuple[Augmentation, ...]) -> dict:
-    for augmentation in augmentations:
-        sample = augmentation(sample, rng)
-    return sample
+        Batch size, workers and ranks may have changed. A trainer that skips what it has done by counting its *own*
+        steps and batches gets `index` = steps done * draws per step now; indices before it may not be read.
 
+        Raises:
+            ValueError: the state belongs to another mixture (seed, sources, weights or proportions).
+        """
+        ours = self._fingerprint()
+        differing = [name for name, value in ours.items() if state.get(name) != value]
+        if differing or "draws" not in state:
+            saved = {name: state.get(name) for name in differing}
+            here = {name: ours[name] for name in differing}
+            raise ValueError(
+                f"The saved state of the mixture differs in {', '.join(differing) or 'draws'}: saved {saved}, here "
+                f"{here}. Resume with the same sources and settings, or start a new run."
+            )
+        self._first_draw = state["draws"] - index
 
-def random_shift(pixels: int) -> Augmentation:
-    """Moves every camera image of an action sample by up to `pixels` in each direction, repeating the edge.
-
-    Cameras move independently: a common shift would leave their relation unchanged, so a policy could still read exact
-    distances from it. Multimodal samples stay as they are, because their answers may hold pixel positions.
-    """
-    if pixels < 0:
-        raise ValueError(f"pixels is {pixels}; it must not be negative.")
-    return partial(_random_shift, pixels=pixels)
-
-
-def _random_shift(sample: dict, rng: np.random.Generator, *, pixels: int) -> dict:
-    if not _is_action_sample(sample):
-        return sample
-    shifted = {}
-    for camera, image in sample["images"].items():
-        image = np.asarray(image)
-        down, right = rng.integers(-pixels, pixels + 1, size=2)
-        rows = np.clip(np.arange(image.shape[0]) - down, 0, image.shape[0] - 1)
-        columns = np.clip(np.arange(image.shape[1]) - right, 0, image.shape[1] - 1)
-        shifted[camera] = image[rows[:, None], columns]
-    return sample | {"images": shifted}
-
-
-def drop_state(probability: float) -> Augmentation:
-    """Marks action samples, with the given probability, as seen without proprioception.
-
-    Adds `state_is_dropped` (bool), with which the processor leaves the state out of the prompt. The state itself stays
-    in the sample: relative actions are measured from it.
-    """
-    if not 0 <= probability <= 1:
-        raise ValueError(f"probability is {probability}; it must be between 0 and 1.")
-    return partial(_drop_state, probability=probability)
-
-
-def _drop_state(sample: dict, rng: np.random.Generator, *, probability: float) -> dict:
-    if not _is_action_sample(sample):
-        return sample
-    return sample | {"state_is_dropped": bool(rng.random() < probability)}
-
-
-def _is_action_sample(sample: dict) -> bool:
-    return "instruction" in sample  # the processor's own criterion
+    def _fingerprint(self) -> dict:
+        names = {_ACTION: "action", _MULTIMODAL: "multimodal"}
+        return {
+            "seed": self.seed,
+            "block": [self._multimodal_per_block, self._block_size],
+            "sources": {names[kind]: source.fingerprint() for kind, source in self._sources.items()},
+        }

@@ -1,13 +1,15 @@
 """Multimodal samples (grounding, visual questions) in parquet files that `datasets` can load.
 
 One row per sample: `image` (PNG, as `datasets.Image` stores it), `text` (the question), `answer`, and metadata columns
-of any type that parquet holds, such as object, box or task.
+of any type that parquet holds, such as object, box or task. Samples of several images have the others in
+`more_images`. JSON lines and chats are read by `conversations.py`.
 """
 
 import io
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .conversations import check_coordinates
+from .coordinates import convert_text
+
 
 COLUMNS = ("image", "text", "answer")
+MORE_IMAGES = "more_images"
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 ROWS_PER_GROUP = 256
 
@@ -50,13 +56,21 @@ class MultimodalWriter:
         self._closed = False
         self.num_samples = 0
 
-    def add(self, image: np.ndarray | Image.Image, text: str, answer: str, metadata: dict | None = None):
+    def add(
+        self,
+        image: np.ndarray | Image.Image,
+        text: str,
+        answer: str,
+        metadata: dict | None = None,
+        more_images: Sequence[np.ndarray | Image.Image] = (),
+    ):
         """Add one sample.
 
         Args:
             image: uint8 (h, w, 3) RGB, or a PIL image.
             text, answer: the question, and what the model should say.
             metadata: the same keys in every sample; plain values or flat lists of them.
+            more_images: images after the first one.
 
         Raises:
             ValueError: an image of another kind, an empty text, or metadata keys that differ from the first sample's.
@@ -65,7 +79,7 @@ class MultimodalWriter:
         number = self.num_samples
         if self._metadata_names is None:
             self._metadata_names = tuple(metadata)
-        if set(metadata) != set(self._metadata_names) or set(metadata) & set(COLUMNS):
+        if set(metadata) != set(self._metadata_names) or set(metadata) & {*COLUMNS, MORE_IMAGES}:
             raise ValueError(
                 f"Sample {number} of {self.path} has metadata {sorted(metadata)}; all samples must have those of the "
                 f"first, {sorted(self._metadata_names)}, and none may be called {', '.join(COLUMNS)}."
@@ -73,19 +87,23 @@ class MultimodalWriter:
         for name, value in (("text", text), ("answer", answer)):
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"Sample {number} of {self.path}: {name} is {value!r}; it must be non-empty text.")
-        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise ValueError(
-                f"Sample {number} of {self.path}: the image is {pixels.dtype} {pixels.shape}; it must be uint8 "
-                "(height, width, 3)."
-            )
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
-        row = {"image": {"bytes": buffer.getvalue(), "path": None}, "text": text, "answer": answer}
-        self._rows.append(row | {name: metadata[name] for name in self._metadata_names})
+        row = {"image": self._encoded(image), "text": text, "answer": answer}
+        row |= {name: metadata[name] for name in self._metadata_names}
+        self._rows.append(row | {MORE_IMAGES: [self._encoded(each) for each in more_images]})
         self.num_samples += 1
         if len(self._rows) == ROWS_PER_GROUP:
             self._flush()
+
+    def _encoded(self, image: np.ndarray | Image.Image) -> dict:
+        pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(
+                f"Sample {self.num_samples} of {self.path}: the image is {pixels.dtype} {pixels.shape}; it must be "
+                "uint8 (height, width, 3)."
+            )
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+        return {"bytes": buffer.getvalue(), "path": None}
 
     def _flush(self):
         if self._writer is None:
@@ -138,16 +156,17 @@ class MultimodalWriter:
 def _schema(rows: list[dict]) -> pa.Schema:
     """Types of the first rows, with the metadata that lets `datasets` decode the images."""
     # A column that has held nothing yet is taken for text; parquet cannot change its mind later.
-    inferred = pa.Table.from_pylist([{k: v for k, v in row.items() if k != "image"} for row in rows]).schema
-    fields = [pa.field("image", IMAGE_TYPE)]
+    images = ("image", MORE_IMAGES)
+    inferred = pa.Table.from_pylist([{k: v for k, v in row.items() if k not in images} for row in rows]).schema
+    fields = [pa.field("image", IMAGE_TYPE), pa.field(MORE_IMAGES, pa.list_(IMAGE_TYPE))]
     fields += [pa.field(f.name, pa.string() if pa.types.is_null(f.type) else f.type) for f in inferred]
     schema = pa.schema(fields)
     # Imported here: loading `datasets` takes a second, which readers need not pay.
-    from datasets import Features
+    from datasets import Features, List
     from datasets import Image as ImageFeature
 
     features = Features.from_arrow_schema(schema)
-    features["image"] = ImageFeature()
+    features["image"], features[MORE_IMAGES] = ImageFeature(), List(ImageFeature())
     return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features.to_dict()}})})
 
 
@@ -158,6 +177,9 @@ class MultimodalDataset:
         path: a parquet file, or a folder whose parquet files are read in the order of their names.
         in_memory: keep the compressed images in memory. Otherwise the file is memory-mapped and each access reads the
             row group of the sample: little memory, slow in random order.
+        coordinates: what numbers of boxes and points in the texts count: "text" if they are in the model's form
+            already (what our writers write), else a key of `coordinates.CONVENTIONS`.
+        processor: writes boxes and points; needed unless coordinates is "text".
 
     Raises:
         FileNotFoundError: no such file, or no parquet file in the folder.
@@ -166,7 +188,9 @@ class MultimodalDataset:
     Every column that is not image, text or answer is metadata, which `__getitem__` returns under `metadata`.
     """
 
-    def __init__(self, path: str | Path, in_memory: bool = True):
+    def __init__(self, path: str | Path, in_memory: bool = True, *, coordinates: str = "text", processor=None):
+        check_coordinates(coordinates, processor)
+        self._coordinates, self._processor = coordinates, processor
         self.path = Path(path)
         self._paths = sorted(self.path.rglob("*.parquet")) if self.path.is_dir() else [self.path]
         if not self._paths or not self._paths[0].is_file():
@@ -190,7 +214,7 @@ class MultimodalDataset:
         return self._length
 
     def __getitem__(self, index: int) -> dict:
-        """One sample: `images` (list of one uint8 (h, w, 3)), `text`, `answer`, `metadata`, `dataset_index`.
+        """One sample: `images` (list of uint8 (h, w, 3)), `text`, `answer`, `metadata`, `dataset_index`.
 
         Raises:
             IndexError: index outside the dataset.
@@ -200,16 +224,22 @@ class MultimodalDataset:
             raise IndexError(f"Sample {index} is outside {self.path}, which has {len(self)} samples.")
         index = int(index) % len(self)
         row = self._row(index)
-        encoded = row.pop("image")["bytes"]
+        encoded = [row.pop("image"), *(row.pop(MORE_IMAGES, None) or [])]
         try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                pixels = np.array(image.convert("RGB"))
+            images = [_decoded(each) for each in encoded]
         except (OSError, TypeError) as error:  # TypeError: the row has no bytes
             raise ValueError(f"Sample {index} of {self.path}: the image cannot be decoded: {error}.") from error
+        text, answer = row.pop("text"), row.pop("answer")
+        if self._coordinates != "text":
+            size = images[0].shape[1], images[0].shape[0]
+            try:
+                text, answer = (convert_text(t, self._coordinates, size, self._processor) for t in (text, answer))
+            except ValueError as error:
+                raise ValueError(f"Sample {index} of {self.path}: {error}") from error
         return {
-            "images": [pixels],
-            "text": row.pop("text"),
-            "answer": row.pop("answer"),
+            "images": images,
+            "text": text,
+            "answer": answer,
             "metadata": row,
             "dataset_index": index,
         }
@@ -226,6 +256,11 @@ class MultimodalDataset:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_current": None}
+
+
+def _decoded(encoded: dict) -> np.ndarray:
+    with Image.open(io.BytesIO(encoded["bytes"])) as image:
+        return np.array(image.convert("RGB"))
 
 
 def _open(path: Path) -> pq.ParquetFile:

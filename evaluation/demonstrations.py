@@ -37,6 +37,7 @@ class GroundingSample:
     box: tuple[int, int, int, int]
     mask: np.ndarray
     others: dict[str, tuple[int, int, int, int]]
+    frame_index: int = -1  # frame of the demonstration; -1 for a scene
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Demonstration:
     frames: dict[str, np.ndarray]  # camera -> uint8 (T, h, w, 3)
     grounding: list[GroundingSample]
     failed_seeds: tuple[int, ...]  # where the expert failed before this seed
+    effector_pixels: np.ndarray  # float64 (T, 2), the end effector (x, y) in the image of the first camera
 
 
 def record_demonstrations(
@@ -65,6 +67,7 @@ def record_demonstrations(
     grounding_every: int = 25,
     num_processes: int = 2,
     progress: bool = True,
+    all_views: bool = False,
 ) -> Iterator[Demonstration]:
     """Yields successful demonstrations, one task after the other, the same ones for any number of processes.
 
@@ -81,6 +84,7 @@ def record_demonstrations(
         grounding_every: steps between two frames of the first camera whose objects are recorded; 0 for none.
         num_processes: worker processes.
         progress: whether to show a progress bar.
+        all_views: record the objects in all cameras instead of the first one.
 
     Raises:
         ValueError: unknown task, or seeds outside the training range.
@@ -104,6 +108,7 @@ def record_demonstrations(
         "settle_steps": settle_steps,
         "max_steps": max_steps,
         "grounding_every": grounding_every,
+        "all_views": all_views,
     }
     # Tasks take turns, so that any prefix of the recording is balanced.
     jobs = [
@@ -186,6 +191,7 @@ class Recorder:
         settle_steps: int = 0,
         max_steps: int = MAX_STEPS,
         grounding_every: int = 0,
+        all_views: bool = False,
     ) -> None:
         self.image_size = image_size
         self.cameras = tuple(cameras)
@@ -193,6 +199,7 @@ class Recorder:
         self.settle_steps = settle_steps
         self.max_steps = max_steps
         self.grounding_every = grounding_every
+        self.all_views = all_views
         self._envs: dict[str, MetaWorldEnv] = {}
 
     def run(self, job: dict) -> dict | list[dict]:
@@ -225,7 +232,7 @@ class Recorder:
         """One episode, or None when the expert did not succeed in time."""
         rng = _episode_rng(env.task, seed)
         grounding_offset = int(rng.integers(self.grounding_every)) if self.grounding_every else 0
-        states, actions, grounding = [], [], []
+        states, actions, grounding, effector = [], [], [], []
         frames = {camera: [] for camera in self.cameras}
         disturbance = np.zeros(4)
         observation = env.reset(seed)
@@ -236,10 +243,12 @@ class Recorder:
             action = env.expert_action()
             states.append(observation["state"])
             actions.append(action)
+            effector.append(env.project(self.cameras[0], observation["state"][None, :3])[0])
             for camera, image in observation["images"].items():
                 frames[camera].append(image)
             if self.grounding_every and env.steps % self.grounding_every == grounding_offset:
-                grounding.extend(_grounding(env, self.cameras[0]))
+                for camera in self.cameras if self.all_views else self.cameras[:1]:
+                    grounding += [sample | {"frame_index": len(states) - 1} for sample in _grounding(env, camera)]
             if env.steps % NOISE_HOLD_STEPS == 0:
                 disturbance = _disturbance(rng, self.noise)
             env.step(action + disturbance)
@@ -256,6 +265,7 @@ class Recorder:
             "actions": np.stack(actions),
             "frames": {camera: np.stack(images) for camera, images in frames.items()},
             "grounding": grounding,
+            "effector_pixels": np.stack(effector),
         }
 
     def _scene(self, env: MetaWorldEnv, seed: int) -> list[dict]:

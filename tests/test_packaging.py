@@ -26,13 +26,15 @@ MODEL = {"configuration_wallvla", "flow_matching_wallvla", "ops_wallvla", "model
 # Room -> the rooms that it may import: the layout table of the design. Arrows point one way, so there are no cycles.
 MAY_IMPORT = {
     "configuration_wallvla": set(),
-    "action_space_wallvla": set(),
+    "rotations_wallvla": set(),
+    "action_space_wallvla": {"rotations_wallvla"},
     "flow_matching_wallvla": set(),
     "ops_wallvla": set(),
     "modeling_wallvla": MODEL - {"modeling_wallvla"},
     "action_codec_wallvla": {"configuration_wallvla"},
     "processing_wallvla": {"action_space_wallvla"},
     "data": {"action_space_wallvla"},
+    "conversion": {"configuration_wallvla", "action_space_wallvla", "modeling_wallvla", "processing_wallvla"},
     "trainers": MODEL | {"action_space_wallvla", "data"},
     "inference": MODEL,
     "evaluation": set(),

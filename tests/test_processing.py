@@ -238,6 +238,7 @@ def test_batch_contract(processor):
         "image_grid_thw": ((6, 3), torch.int64),
         "actions": ((3, 6, 26), torch.float32),
         "action_mask": ((3, 6, 26), torch.bool),
+        "action_padding": ((3, 26), torch.float32),
         "domain_ids": ((3,), torch.int64),
     }
     assert {key: (tuple(value.shape), value.dtype) for key, value in batch.items()} == expected

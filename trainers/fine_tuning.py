@@ -1,20 +1,37 @@
 """Fine-tuning a checkpoint on a LeRobot dataset: what `wallvla train` runs."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..action_space_wallvla import Embodiment, short_camera_key
+from ..data.augmentation import (
+    Augmentation,
+    color_jitter,
+    compose,
+    drop_cameras,
+    drop_state,
+    perturb_state,
+    random_crop,
+    random_shift,
+    vary_instruction,
+)
+from ..data.cleaning import read_plan
 from ..data.collator import Collator
 from ..data.lerobot import LeRobotDataset
-from ..data.mixture import CoTrainingMixture, compose, drop_state, random_shift
+from ..data.mixture import CoTrainingMixture
 from ..data.multimodal import MultimodalDataset
+from ..data.recipe import build_mixture, read_recipe
 from ..data.statistics import compute_statistics
 from .co_training_config import CoTrainingConfig
 from .co_training_trainer import CoTrainingTrainer
+
+
+STATE_FILE = "mixture_state.json"
 
 
 @dataclass
@@ -22,7 +39,10 @@ class FineTuningArguments:
     """What is trained on what; how it is trained is `CoTrainingConfig`."""
 
     model: str = field(metadata={"help": "Checkpoint to start from: a folder or a Hub id."})
-    dataset: str = field(metadata={"help": "LeRobot v3.0 dataset folder."})
+    dataset: str | None = field(default=None, metadata={"help": "LeRobot dataset: a folder or a Hub id."})
+    mixture: str | None = field(
+        default=None, metadata={"help": "YAML of several datasets (data/recipe.py), instead of --dataset."}
+    )
     embodiment: str | None = field(
         default=None, metadata={"help": "Name of the robot in the checkpoint; a new name is added to it."}
     )
@@ -34,8 +54,31 @@ class FineTuningArguments:
     multimodal: str | None = field(default=None, metadata={"help": "Parquet of questions and answers about images."})
     multimodal_fraction: float = field(default=0.1, metadata={"help": "Share of multimodal samples in every batch."})
     drop_state: float = field(default=0.1, metadata={"help": "Probability of hiding the proprioception."})
+    perturb_state: float = field(
+        default=0.0, metadata={"help": "Noise on the shown proprioception, as a fraction of its range."}
+    )
+    drop_cameras: float = field(default=0.0, metadata={"help": "Probability of leaving a camera out; one stays."})
     random_shift: int = field(default=0, metadata={"help": "Largest random shift of an image, in pixels."})
+    random_crop: float = field(default=1.0, metadata={"help": "Side of a random crop, as a share of the image's."})
+    color_jitter: float = field(default=0.0, metadata={"help": "Jitter of brightness, contrast and saturation."})
+    step_probability: float = field(
+        default=0.5, metadata={"help": "Probability of the step-level instruction, where a dataset has them."}
+    )
+    paraphrases: str | None = field(default=None, metadata={"help": "JSON: other wordings by instruction."})
+    clean: str | None = field(default=None, metadata={"help": "What `wallvla data clean` wrote for the dataset."})
+    on_error: str = field(
+        default="raise",
+        metadata={"help": "Samples that cannot be read: raise, or skip and log.", "choices": ["raise", "skip"]},
+    )
     frames_in_memory: bool = field(default=False, metadata={"help": "Decode all video once, into memory."})
+
+    def __post_init__(self):
+        if (self.dataset is None) == (self.mixture is None):
+            raise ValueError("Give either a dataset or a mixture.")
+        alone = ("embodiment", "embodiment_file", "cameras", "multimodal", "clean")
+        unused = [name for name in alone if self.mixture is not None and vars(self)[name] is not None]
+        if unused:
+            raise ValueError(f"Found {', '.join(unused)} beside mixture, whose YAML says this for each dataset.")
 
 
 def native_embodiment(dataset: LeRobotDataset, action_horizon: int) -> Embodiment:
@@ -71,6 +114,84 @@ def prepare_embodiment(options: FineTuningArguments, processor) -> str:
     return name
 
 
+def add_robots(path: str, processor) -> None:
+    """Adds the robots that a recipe brings along (`robots`) to the processor."""
+    recipe = read_recipe(path)
+    for name, file in recipe.robots.items():
+        processor.add_embodiment(name, json.loads((recipe.folder / file).read_text()))
+
+
+def build_augmentation(options: FineTuningArguments, processor) -> Augmentation:
+    """The augmentations of the options; those that do nothing are left out, so they draw nothing either."""
+    chosen = [random_shift(options.random_shift), drop_state(options.drop_state)]
+    if options.random_crop < 1:
+        chosen.append(random_crop(options.random_crop))
+    if options.color_jitter:
+        chosen.append(color_jitter(*[options.color_jitter] * 3))
+    if options.drop_cameras:
+        chosen.append(drop_cameras(options.drop_cameras))
+    if options.perturb_state:
+        chosen.append(perturb_state(options.perturb_state))
+    paraphrases = json.loads(Path(options.paraphrases).read_text()) if options.paraphrases else {}
+    chosen.append(vary_instruction(options.step_probability, paraphrases))
+    return compose(*chosen)
+
+
+def prepare_mixture(options: FineTuningArguments, args: CoTrainingConfig, processor) -> CoTrainingMixture:
+    """Training samples: for `max_steps` steps, or for exactly `num_train_epochs` epochs (then sets `max_steps`)."""
+    common = {
+        "seed": args.seed,
+        "augment": build_augmentation(options, processor),
+        "skip_errors": options.on_error == "skip",
+    }
+    if options.mixture:
+        add_robots(options.mixture, processor)
+        recipe = read_recipe(options.mixture)
+        mixture = build_mixture(recipe, processor.embodiments, processor=processor, **common)
+    else:
+        name = prepare_embodiment(options, processor)
+        embodiment = processor.embodiments[name]
+        dataset = LeRobotDataset(
+            options.dataset,
+            embodiment=name,
+            cameras=list(embodiment.cameras),
+            action_horizon=embodiment.action_horizon,
+            keep=read_plan(options.clean) if options.clean else None,
+            frames_in_memory=options.frames_in_memory,
+            skip_errors=common["skip_errors"],
+        )
+        questions = MultimodalDataset(options.multimodal) if options.multimodal else None
+        mixture = CoTrainingMixture(dataset, questions, multimodal_fraction=options.multimodal_fraction, **common)
+    draws_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.max_steps <= 0:
+        args.max_steps = math.ceil(mixture.epochs_length(args.num_train_epochs) / draws_per_step)
+    mixture.set_length(args.max_steps * draws_per_step)
+    return mixture
+
+
+class MixtureStateCallback(TrainerCallback):
+    """Saves with every checkpoint how much of the mixture was used, so that a run goes on exactly there, also with
+    another batch size or another number of processes."""
+
+    def __init__(self, mixture: CoTrainingMixture, draws_per_step: int):
+        self._mixture, self._draws_per_step = mixture, draws_per_step
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            saved = self._mixture.state(state.global_step * self._draws_per_step)
+            (folder / STATE_FILE).write_text(json.dumps(saved, indent=1) + "\n")
+
+
+def resume_mixture(mixture: CoTrainingMixture, checkpoint: str | Path, draws_per_step: int) -> None:
+    """Makes the mixture go on where the run that wrote `checkpoint` stopped; the trainer counts steps of its own."""
+    file = Path(checkpoint) / STATE_FILE
+    if not file.is_file():
+        return  # of a version that did not write it: right if the batch size is what it was
+    step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+    mixture.resume(json.loads(file.read_text()), index=step * draws_per_step)
+
+
 def fine_tune(options: FineTuningArguments, args: CoTrainingConfig) -> Path:
     """Trains and saves a complete repository in `args.output_dir`. Goes on from its last checkpoint if it has one.
 
@@ -79,33 +200,20 @@ def fine_tune(options: FineTuningArguments, args: CoTrainingConfig) -> Path:
     """
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModel.from_pretrained(options.model, dtype="float32")
-    name = prepare_embodiment(options, processor)
-    embodiment = processor.embodiments[name]
-    dataset = LeRobotDataset(
-        options.dataset,
-        embodiment=name,
-        cameras=list(embodiment.cameras),
-        action_horizon=embodiment.action_horizon,
-        frames_in_memory=options.frames_in_memory,
-    )
-    questions = MultimodalDataset(options.multimodal) if options.multimodal else None
+    mixture = prepare_mixture(options, args, processor)
     draws_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    mixture = CoTrainingMixture(
-        dataset,
-        questions,
-        multimodal_fraction=options.multimodal_fraction,
-        seed=args.seed,
-        length=args.max_steps * draws_per_step if args.max_steps > 0 else None,
-        augment=compose(random_shift(options.random_shift), drop_state(options.drop_state)),
-    )
+    folder = Path(args.output_dir)
+    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    if checkpoint is not None:
+        resume_mixture(mixture, checkpoint, draws_per_step)
     trainer = CoTrainingTrainer(
         model=model,
         args=args,
         data_collator=Collator(processor),
         train_dataset=mixture,
         processing_class=processor,
+        callbacks=[MixtureStateCallback(mixture, draws_per_step)],
     )
-    folder = Path(args.output_dir)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder))
     return folder

@@ -1,0 +1,260 @@
+"""Where datasets come from: the Hub (an in-memory one), somebody else's dataset object, and broken files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from wallvla.data.hub import open_dataset
+from wallvla.data.items import LeRobotItems
+from wallvla.data.lerobot import LeRobotDataset
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# ---- the Hub -----------------------------------------------------------------------------------------------------
+
+
+class InMemoryHub(BaseHTTPRequestHandler):
+    """As much of the Hub's HTTP interface as reading a dataset needs."""
+
+    protocol_version = "HTTP/1.1"
+    files: dict[str, bytes] = {}
+    log: list[str] = []
+    commit = "a" * 40
+
+    def log_message(self, *arguments):
+        pass
+
+    def _answer(self, code: int, body: bytes = b"", **headers):
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _json(self, content):
+        self._answer(200, json.dumps(content).encode(), Content_Type="application/json")
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        files = type(self).files
+        if path.startswith("/api/datasets/lab/arm"):
+            if "/tree/" in path:
+                entries = [
+                    {"type": "file", "path": name, "size": len(body), "oid": sha1(body).hexdigest()}
+                    for name, body in files.items()
+                ]
+                return self._json(entries)
+            siblings = [{"rfilename": name} for name in files]
+            return self._json(
+                {"id": "lab/arm", "_id": "0", "sha": self.commit, "private": False, "tags": [], "siblings": siblings,
+                 "downloads": 0, "likes": 0, "lastModified": "2026-01-01T00:00:00.000Z"}
+            )  # fmt: skip
+        prefix = "/datasets/lab/arm/resolve/"
+        name = path.removeprefix(prefix).partition("/")[2]
+        if path.startswith(prefix) and name in files:
+            if self.command == "GET":
+                type(self).log.append(name)
+            body = files[name]
+            return self._answer(200, body, ETag=f'"{sha1(body).hexdigest()}"', X_Repo_Commit=self.commit)
+        return self._answer(404, b"{}", X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub():
+    root = FIXTURES / "lerobot_real_v21"
+    InMemoryHub.files = {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
+    }
+    InMemoryHub.log = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), InMemoryHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+READ_FROM_HUB = """
+import json, sys
+import numpy as np
+from wallvla.data.lerobot import LeRobotDataset
+dataset = LeRobotDataset("lab/arm", embodiment="r", action_horizon=3, episodes=[0, 3])
+marks = [len(dataset)]
+index = int(dataset.episode_bounds[1, 0]) + 5
+pixels = {key: dataset.image(index, key) for key in dataset.camera_keys[:1]}
+np.savez(sys.argv[1], states=dataset.states, **{"pixels": next(iter(pixels.values()))})
+print(json.dumps({"frames": len(dataset), "camera": dataset.camera_keys[0], "root": str(dataset.root)}))
+"""
+
+
+def test_a_hub_dataset_downloads_only_what_it_reads(hub, tmp_path):
+    (tmp_path / "wallvla").symlink_to(ROOT, target_is_directory=True)
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
+        "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(tmp_path), "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", READ_FROM_HUB, str(tmp_path / "out.npz")],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    local = LeRobotDataset(FIXTURES / "lerobot_real_v21", embodiment="r", action_horizon=3, episodes=[0, 3])
+    assert found["frames"] == len(local)
+    arrays = np.load(tmp_path / "out.npz")
+    np.testing.assert_array_equal(arrays["states"], local.states)
+    index = int(local.episode_bounds[1, 0]) + 5
+    np.testing.assert_array_equal(arrays["pixels"], local.image(index, found["camera"]))
+    videos = [name for name in InMemoryHub.log if name.startswith("videos/")]
+    data = [name for name in InMemoryHub.log if name.startswith("data/")]
+    assert videos == [f"videos/chunk-000/{found['camera']}/episode_000003.mp4"]  # the one frame that was asked for
+    assert sorted(data) == [f"data/chunk-000/episode_{number:06d}.parquet" for number in (0, 3)]
+
+
+def test_what_is_neither_folder_nor_hub_id(tmp_path):
+    for wrong in (tmp_path / "none", "none", "a/b/c", "./none"):
+        with pytest.raises(FileNotFoundError, match="does not exist, and .* is not a Hub id"):
+            open_dataset(wrong)
+    with pytest.raises(ValueError, match="local folder, which has no revision 'main'"):
+        open_dataset(tmp_path, "main")
+
+
+# ---- a dataset object with LeRobot's items -------------------------------------------------------------------------
+
+
+class Items:
+    """What LeRobot's own class yields for the frames of one of our datasets."""
+
+    def __init__(self, dataset: LeRobotDataset, image=lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1) / 255):
+        self._dataset, self._image = dataset, image
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, index):
+        sample = self._dataset[index]
+        images = {key: self._image(pixels) for key, pixels in sample["images"].items()}
+        return images | {
+            "observation.state": torch.from_numpy(sample["state"]),
+            "action": torch.from_numpy(sample["actions"]),
+            "action_is_pad": torch.from_numpy(sample["action_is_pad"]),
+            "task": sample["instruction"],
+            "episode_index": torch.tensor(sample["episode_index"]),
+            "frame_index": torch.tensor(sample["frame_index"]),
+            "timestamp": torch.tensor(sample["timestamp"]),
+            "index": torch.tensor(index),
+        }
+
+
+@pytest.fixture(scope="module")
+def images():
+    return LeRobotDataset(FIXTURES / "lerobot_real_v3_images", embodiment="r", action_horizon=3, episodes=[0])
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1) / 255,
+        lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1),
+        lambda pixels: pixels,
+    ],
+    ids=["float", "uint8", "channels last"],
+)
+def test_items_become_the_same_samples(images, image):
+    items = LeRobotItems(Items(images, image), embodiment="r", action_horizon=3)
+    assert len(items) == len(images) and items.camera_keys == images.camera_keys
+    for index in (0, 7, len(images) - 1):
+        found, expected = items[index], images[index]
+        assert found.pop("timestamp") == pytest.approx(expected.pop("timestamp"))
+        np.testing.assert_equal(found, expected)
+
+
+def test_item_errors(images):
+    good = Items(images)
+    with pytest.raises(ValueError, match="have no camera side; they have observation.images.front"):
+        LeRobotItems(good, embodiment="r", action_horizon=3, cameras=["side"])
+    with pytest.raises(ValueError, match="must be a chunk of 5 steps. Make the dataset with delta_timestamps"):
+        LeRobotItems(good, embodiment="r", action_horizon=5)
+    with pytest.raises(ValueError, match="have no qpos; they have"):
+        LeRobotItems(good, embodiment="r", action_horizon=3, state_key="qpos")
+    bright = LeRobotItems(
+        Items(images, lambda p: torch.from_numpy(p).float()), embodiment="r", action_horizon=3, cameras=["front"]
+    )
+    with pytest.raises(ValueError, match="floats are between 0 and 1"):
+        bright[0]
+
+
+# ---- broken metadata -----------------------------------------------------------------------------------------------
+
+KEYS = (
+    "codebase_version", "fps", "features", "total_episodes", "total_frames", "data_path", "video_path", "chunks_size",
+)  # fmt: skip
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 2000), st.floats(allow_nan=True), st.text(max_size=8),
+    st.lists(st.integers(), max_size=2), st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return Path(shutil.copytree(FIXTURES / "lerobot_conv_v30", tmp_path_factory.mktemp("fuzz") / "d"))
+
+
+def read_all(root: Path):
+    dataset = LeRobotDataset(root, embodiment="r", action_horizon=2, cameras=[])
+    return [dataset[index] for index in (0, len(dataset) - 1)]
+
+
+fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@fuzz
+@given(st.sampled_from(KEYS), VALUES)
+def test_fuzzed_info_is_read_or_refused_with_a_reason(scratch, key, value):
+    path = scratch / "meta" / "info.json"
+    original = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(original) | {key: value}))
+        try:
+            read_all(scratch)
+        except (ValueError, FileNotFoundError) as error:
+            assert len(str(error)) > 20  # says what is wrong; any other exception fails the test
+    finally:
+        path.write_text(original)
+
+
+@fuzz
+@given(st.sampled_from(["meta/info.json", "meta/tasks.parquet", "episodes"]), st.data())
+def test_damaged_bytes_are_read_or_refused_with_a_reason(scratch, name, data):
+    path = next((scratch / "meta" / "episodes").rglob("*.parquet")) if name == "episodes" else scratch / name
+    original = path.read_bytes()
+    place = data.draw(st.integers(0, len(original) - 1))
+    if data.draw(st.booleans()):
+        damaged = original[:place]
+    else:
+        damaged = original[:place] + bytes([original[place] ^ data.draw(st.integers(1, 255))]) + original[place + 1 :]
+    try:
+        path.write_bytes(damaged)
+        try:
+            read_all(scratch)
+        except (ValueError, FileNotFoundError) as error:
+            assert len(str(error)) > 20
+    finally:
+        path.write_bytes(original)
