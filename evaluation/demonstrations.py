@@ -149,6 +149,7 @@ def demonstrations_of(dataset) -> list[Demonstration]:
                 frames=frames,
                 grounding=[],
                 failed_seeds=(),
+                effector_pixels=np.full((end - start, 2), np.nan),  # a dataset does not say where the hand is seen
             )
         )
     return demonstrations

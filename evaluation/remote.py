@@ -164,7 +164,7 @@ class Server:
                 else:
                     reply = handler.answer(header, arrays)
                 connection.send(*reply)
-        except (WireError, ImportError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError) as error:
+        except (OSError, ImportError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError) as error:
             # The other side has to know, or it would wait; the connection ends because its state is unknown now
             logger.error("%s: %s", connection.peer, traceback.format_exc())
             try:

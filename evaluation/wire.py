@@ -39,7 +39,7 @@ DTYPES = ("uint8", "int32", "int64", "float32", "float64", "bool")
 VERSION = 1
 
 
-class WireError(RuntimeError):
+class WireError(ConnectionError):
     """The other side broke the schema, went away, or reported an error."""
 
 

@@ -45,6 +45,7 @@ from wallvla.evaluation.statistics import (
 )
 from wallvla.evaluation.trials import TrialBook, read_trials, score_in_terminal, summarize_trials
 from wallvla.evaluation.trials_web import TrialForm
+from wallvla.evaluation.wire import WireError
 
 
 # ---- statistics ----
@@ -611,7 +612,7 @@ def test_dispatch_by_alias_gives_nothing_away(tmp_path, caplog):
                 robot.reset(123)
                 try:
                     seen[trial["alias"]] = robot.act(observation, "stack")
-                except RuntimeError as error:
+                except WireError as error:
                     seen[trial["alias"]] = str(error)
                 robot.close()
                 study.finish(trial["trial"], "ada")
