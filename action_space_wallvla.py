@@ -123,6 +123,9 @@ class Embodiment:
         domain: index of the soft prompt, for models that have them.
         state_padding, action_padding: what the model sees in its channels that the robot lacks: one normalised number
             for each channel of the model (those of the robot's own channels are not used). Empty: 0.
+        client_keys: what robots call their observations when they ask a policy server: ordered pairs of the client's
+            key and what it holds, which is a key of `cameras`, "state" or "instruction". Several keys of "state" are
+            joined in this order. Empty: see `observation_keys`.
     """
 
     cameras: dict
@@ -142,6 +145,7 @@ class Embodiment:
     joint_channels: tuple = ()
     world_axes: tuple = ("x", "y", "z")
     tool_axes: tuple = ("x", "y", "z")
+    client_keys: tuple = ()
 
     @classmethod
     def from_dict(cls, values: dict) -> "Embodiment":
@@ -178,6 +182,7 @@ class Embodiment:
                     "tool_axes",
                 )
             },
+            "client_keys": [list(pair) for pair in self.client_keys],
         }
 
     def __post_init__(self):
@@ -192,7 +197,9 @@ class Embodiment:
         object.__setattr__(self, "action_padding", tuple(float(value) for value in self.action_padding))
         for name in ("joint_channels", "world_axes", "tool_axes"):
             object.__setattr__(self, name, tuple(vars(self)[name]))
+        object.__setattr__(self, "client_keys", _pairs(self.client_keys, "client_keys", str))
         self._check_scalars()
+        self._check_client_keys()
         self._check_layout(self.state_layout, "state_layout")
         self._check_layout(self.action_layout, "action_layout")
         self._check_reference_frame()
@@ -230,6 +237,31 @@ class Embodiment:
                     f"Found {name}_gripper_range {list(values)}. It is the robot's value for [closed, open], two "
                     f"different numbers."
                 )
+
+    def _check_client_keys(self):
+        keys, targets = [key for key, _ in self.client_keys], [target for _, target in self.client_keys]
+        unknown = set(targets) - {*self.cameras, "state", "instruction"}
+        repeated = {target for target in targets if target != "state" and targets.count(target) > 1}
+        if unknown or repeated or len(set(keys)) < len(keys):
+            raise ValueError(
+                f"Found client_keys {[list(pair) for pair in self.client_keys]}. Each pairs a key of its own with one "
+                f"of {', '.join(self.cameras)}, state, instruction; only state may come more than once."
+            )
+        needed = [*self.cameras, "instruction"] + ["state"] * bool(self.state_layout)
+        missing = [target for target in needed if target not in targets]
+        if self.client_keys and missing:
+            raise ValueError(
+                f"Found client_keys without {', '.join(missing)}. A robot has to send all that the prompt shows; add "
+                f"a pair for each, or leave client_keys empty for the usual names."
+            )
+
+    @property
+    def observation_keys(self) -> tuple:
+        """`client_keys`, or the names that LeRobot and openpi use: the cameras' own, "observation.state", "prompt"."""
+        if self.client_keys:
+            return self.client_keys
+        state = (("observation.state", "state"),) if self.state_layout else ()
+        return (*((camera, camera) for camera in self.cameras), *state, ("prompt", "instruction"))
 
     def _check_layout(self, layout: tuple, name: str):
         widths = dict(CANONICAL_LAYOUT)
@@ -524,15 +556,20 @@ def short_camera_key(key: str) -> str:
     return key.rsplit(".", 1)[-1]
 
 
+_PAIRS_HOLD = {
+    "cameras": "[dataset key, spoken label].",
+    "client_keys": "[key of the client, what it holds].",
+    "state_layout": "[part, width].",
+    "action_layout": "[part, width].",
+}
+
+
 def _pairs(values: Iterable, name: str, kind: type) -> tuple:
     """((name, value), ...) of a JSON list of pairs."""
     pairs = tuple(values)
     for pair in pairs:
         if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[1], kind):
-            raise ValueError(
-                f"Found {pair!r} in {name}, which is a list of pairs: "
-                + ("[dataset key, spoken label]." if kind is str else "[part, width].")
-            )
+            raise ValueError(f"Found {pair!r} in {name}, which is a list of pairs: " + _PAIRS_HOLD[name])
     return tuple((first, second) for first, second in pairs)
 
 

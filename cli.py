@@ -3,14 +3,13 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
 EXAMPLES = {
     "quickstart": "wallvla quickstart --output runs/quickstart",
     "train": "wallvla train --config examples/finetune_lerobot.yaml --dataset path/to/dataset",
-    "train-codec": "wallvla train-codec --dataset runs/quickstart/dataset --vision runs/quickstart/hub "
-    "--model runs/quickstart/hub --output-dir runs/codec",
     "eval": "wallvla eval runs/quickstart/hub --env metaworld/button-press-topdown-v3 --episodes 50",
     "sample": "wallvla sample runs/quickstart/hub --dataset runs/quickstart/dataset --index 100",
     "stats": "wallvla stats runs/quickstart/dataset --output robot.json",
@@ -20,11 +19,21 @@ EXAMPLES = {
     "data inspect": "wallvla data inspect runs/quickstart/dataset --images 4",
     "data bridge": "wallvla data bridge runs/quickstart/hub --env metaworld/drawer-open-v3 --output bridge.parquet",
     "data clean": "wallvla data clean runs/quickstart/dataset --output clean.json --dry-run",
+    "serve": "wallvla serve runs/quickstart/hub --port 8000 --record runs/served",
+    "replay": "wallvla replay runs/eval-hub --task drawer-open-v3 --seed 1000007",
+    "report": "wallvla report runs/eval-a runs/eval-b --reference wall-oss-0.5",
+    "score": "wallvla score trials.jsonl --task fruit_sorting --policy wall-oss --operator ada",
+    "blind": "wallvla blind create study --models a b c --tasks stack_bowls wipe_board --group-size 3 --trials 10",
+    "open-loop": "wallvla open-loop runs/quickstart/hub --dataset held_out --episodes 0 1 2",
+    "eval-grounding": "wallvla eval-grounding runs/quickstart/hub --benchmark simulator/unseen simulator/colors",
+    "demo": "wallvla demo runs/quickstart/hub",
+    "push": "wallvla push runs/quickstart/hub OWNER/NAME",
+    "train-codec": "wallvla train-codec --dataset runs/quickstart/dataset --vision runs/quickstart/hub "
+    "--model runs/quickstart/hub --output-dir runs/codec",
 }
 SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
     "train": "co-train a checkpoint on a LeRobot dataset",
-    "train-codec": "train an action codec, the tokens of the discrete pathway, on LeRobot datasets",
     "eval": "success rate of a checkpoint in a simulator, with 95% intervals",
     "sample": "one action chunk for a recorded observation, or the answer to a question about an image",
     "stats": "normalisation statistics of a dataset, as an embodiment file",
@@ -34,6 +43,16 @@ SUMMARIES = {
     "data inspect": "what a LeRobot dataset holds, and what is wrong with it",
     "data bridge": "questions about the robot's own view, from a simulator or a LeRobot dataset",
     "data clean": "which frames of a LeRobot dataset to train on; the dataset itself is not changed",
+    "serve": "policy server for robots; openpi's client can talk to it",
+    "replay": "run an episode of an evaluation again from its seed, with a video, and check that it goes the same way",
+    "report": "a report of one evaluation, or of two side by side with tests (HTML, Markdown, JSON)",
+    "score": "score trials on a real robot by rubric, in the terminal or in a browser; 31 + 4 published rubrics",
+    "blind": "grouped blind ensemble: compare models on a robot without knowing which one is running",
+    "open-loop": "errors along recorded episodes, and whether the policy looks at images, instruction and state",
+    "eval-grounding": "points, boxes and visual questions: a checkpoint beside a baseline",
+    "demo": "the Space in your browser, for a checkpoint on this machine",
+    "push": "a model, Space, kernel or dataset folder to the Hub",
+    "train-codec": "train an action codec, the tokens of the discrete pathway, on LeRobot datasets",
 }
 
 
@@ -95,68 +114,6 @@ def _train(arguments: list[str]) -> None:
     options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:2]
     register_auto_classes()
     print(f"wrote {fine_tune(options, args)}")
-
-
-def _train_codec(arguments: list[str]) -> None:
-    from transformers import HfArgumentParser
-
-    from . import register_auto_classes
-    from .trainers.codec_trainer import CodecArguments, CodecTrainingConfig, train_codec
-
-    parser = _finish(HfArgumentParser((CodecArguments, CodecTrainingConfig)), "train-codec")
-    options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:2]
-    register_auto_classes()
-    print(f"wrote {train_codec(options, args)}")
-
-
-def _eval(arguments: list[str]) -> None:
-    from .evaluation.closed_loop import closed_loop_spec, evaluate, format_summary
-    from .evaluation.metaworld import CONTROL_FREQUENCY
-
-    parser = _finish(argparse.ArgumentParser(), "eval")
-    parser.add_argument("path", help="checkpoint folder or Hub id")
-    parser.add_argument("--env", nargs="+", required=True, help="metaworld/TASK, one or more")
-    parser.add_argument("--embodiment", default="metaworld_sawyer", help="robot of the checkpoint")
-    parser.add_argument("--episodes", type=int, default=50, help="episodes of each task")
-    parser.add_argument("--execute-steps", type=int, default=4, help="actions of a chunk before the next observation")
-    parser.add_argument(
-        "--max-steps", type=int, default=200, help=f"steps of an episode, {CONTROL_FREQUENCY} a second"
-    )
-    parser.add_argument("--image-size", type=int, default=64, help="pixels of a camera image")
-    parser.add_argument("--num-inference-steps", type=int, help="Euler steps; default: the checkpoint's own")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--num-processes", type=int, default=2)
-    parser.add_argument("--baselines", action="store_true", help="also the scripted expert and a random policy")
-    parser.add_argument("--videos", type=int, default=0, help="videos of each task")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the checkpoint's own code instead of the installed one"
-    )
-    parser.add_argument("--output", help="folder of the results; default: runs/eval-NAME")
-    options = parser.parse_args(_read_config(parser, arguments))
-    tasks = []
-    for name in options.env:
-        family, _, task = name.partition("/")
-        if family != "metaworld" or not task:
-            parser.error(f"--env {name}: only metaworld/TASK is known, for instance metaworld/reach-v3")
-        tasks.append(task)
-    path = str(Path(options.path).resolve()) if Path(options.path).is_dir() else options.path
-    checkpoint = {"kind": "hub", "path": path, "embodiment": options.embodiment, "device": options.device}
-    policies = {"policy": {**checkpoint, "num_inference_steps": options.num_inference_steps}}
-    if options.baselines:
-        policies |= {"scripted expert": {"kind": "expert"}, "random policy": {"kind": "random"}}
-    spec = closed_loop_spec(
-        policies,
-        tasks,
-        options.episodes,
-        image_size=options.image_size,
-        execute_steps=options.execute_steps,
-        max_steps=options.max_steps,
-        videos_per_task=options.videos,
-        trust_remote_code=options.trust_remote_code,
-    )
-    output = Path(options.output or f"runs/eval-{Path(path).name}")
-    print(format_summary(evaluate(spec, output, options.num_processes)["summary"]))
-    print(f"wrote {output / 'results.json'}")
 
 
 def _sample(arguments: list[str]) -> None:
@@ -252,7 +209,7 @@ def _convert(arguments: list[str]) -> None:
         default="auto",
         help="auto keeps what is stored; norms and heads are never cast",
     )
-    parser.add_argument("--max-shard-size", type=_bytes, default="4GB", help="of a weight file (default: 4GB)")
+    parser.add_argument("--max-shard-size", type=_bytes, default="4GB", help="of a weight file")
     parser.add_argument("--state-bins", type=int, help="bins of the proprioception in the prompt, if you know better")
     parser.add_argument("--longest-side", type=int, help="longer side of an image in pixels, if you know better")
     parser.add_argument(
@@ -424,11 +381,246 @@ def _recorded_frames(options: argparse.Namespace, processor):
         )
 
 
+def _serve(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "serve")
+    parser.add_argument("path", nargs="+", help="checkpoint folders or Hub ids; NAME=PATH serves one at /NAME")
+    parser.add_argument("--embodiment", help="robot of the checkpoints; default: their only one")
+    parser.add_argument("--host", default="127.0.0.1", help="any but this machine's own needs --token-file")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--token-file", help="file with the token that clients must send")
+    parser.add_argument("--certificate", help="PEM file; with --private-key it turns on TLS")
+    parser.add_argument("--private-key", help="PEM file")
+    parser.add_argument("--client-keys", help="JSON file with [client key, what it holds] pairs; see docs/serving.md")
+    parser.add_argument("--instruction", help="the task of clients that send none")
+    parser.add_argument("--safety", help="JSON file with the fields of SafetyLimits")
+    parser.add_argument("--record", help="folder of recorded episodes, LeRobot v3.0")
+    parser.add_argument(
+        "--record-fps", type=int, help="requests per second of a recording; default: control frequency"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--num-inference-steps", type=int, help="Euler steps; default: the checkpoint's own")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, with the seeds of episodes")
+    parser.add_argument("--max-batch", type=int, default=16, help="requests in one call of the model")
+    parser.add_argument("--batch-window-ms", type=float, default=5.0, help="how long a request may wait for others")
+    parser.add_argument("--max-connections", type=int, default=64)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
+    options = parser.parse_args(_read_config(parser, arguments))
+    from . import register_auto_classes
+    from .data.lerobot_writer import LeRobotWriter
+    from .serving.serve import serve_checkpoints
+
+    if not options.trust_remote_code:
+        register_auto_classes()
+    serve_checkpoints(options, LeRobotWriter)
+
+
+def _evaluation_command(name: str) -> Callable[[list[str]], None]:
+    """A command whose options and call are in `evaluation/commands.py`."""
+
+    def command(arguments: list[str]) -> None:
+        from .evaluation import commands
+
+        add_options, run = {
+            "eval": (commands.eval_options, commands.run_eval),
+            "replay": (commands.replay_options, commands.run_replay),
+            "report": (commands.report_options, commands.run_report),
+            "score": (commands.score_options, commands.run_score),
+            "blind": (commands.blind_options, commands.run_blind),
+        }[name]
+        parser = _finish(argparse.ArgumentParser(), name)
+        add_options(parser)
+        run(parser.parse_args(_read_config(parser, arguments)))
+
+    return command
+
+
+def _open_loop(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "open-loop")
+    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument("--dataset", required=True, help="LeRobot dataset folder; take episodes it was not trained on")
+    parser.add_argument("--episodes", type=int, nargs="+", required=True, help="numbers of two or more episodes")
+    parser.add_argument("--embodiment", help="robot of the checkpoint; default: its only one")
+    parser.add_argument("--every", type=int, default=8, help="steps between two predictions")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise, two or more")
+    parser.add_argument("--num-inference-steps", type=int, help="Euler steps; default: the checkpoint's own")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", default="runs/open-loop", help="folder of the figures and report.json")
+    options = parser.parse_args(_read_config(parser, arguments))
+    from . import register_auto_classes
+    from .data.lerobot import LeRobotDataset
+    from .evaluation.demonstrations import demonstrations_of
+    from .evaluation.open_loop import format_open_loop, format_probes, open_loop_report, predict_demonstration
+    from .evaluation.plots import plot_open_loop, plot_open_loop_report
+    from .evaluation.policy import HubPolicy
+    from .modeling_wallvla import WallVLAForConditionalGeneration
+    from .processing_wallvla import WallVLAProcessor
+
+    register_auto_classes()
+    processor = WallVLAProcessor.from_pretrained(options.path)
+    name = options.embodiment or next(iter(processor.embodiments))
+    if name not in processor.embodiments:
+        parser.error(f"--embodiment {name}: the checkpoint knows {', '.join(processor.embodiments)}")
+    robot = processor.embodiments[name]
+    dataset = LeRobotDataset(
+        options.dataset,
+        embodiment=name,
+        cameras=list(robot.cameras),
+        action_horizon=robot.action_horizon,
+        episodes=options.episodes,
+    )
+    model = WallVLAForConditionalGeneration.from_pretrained(options.path).to(options.device)
+    policy = HubPolicy(model, processor, name, options.num_inference_steps)
+    demonstrations = demonstrations_of(dataset)
+    names = dataset.features["action"].get("names")
+    names = names if isinstance(names, list) else [str(index) for index in range(dataset.actions.shape[1])]
+    units = ["robot unit"] * len(names)
+    report = open_loop_report(policy, demonstrations, names, options.every, options.seeds)
+    output = Path(options.output)
+    chunks = predict_demonstration(policy, demonstrations[0], options.every)
+    title = f"{demonstrations[0].instruction} (episode {options.episodes[0]})"
+    plot_open_loop(*chunks, names, units, dataset.fps, output / "chunks.png", title)
+    plot_open_loop_report(report, units, output / "report.png", str(options.path))
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(format_open_loop(report["metrics"], units))
+    print(format_probes(report["probes"]))
+    print(f"wrote {output / 'report.json'}, report.png, chunks.png")
+
+
+def _eval(arguments: list[str]) -> None:
+    from .evaluation.closed_loop import closed_loop_spec, evaluate, format_summary
+    from .evaluation.metaworld import CONTROL_FREQUENCY
+
+    parser = _finish(argparse.ArgumentParser(), "eval")
+    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument("--env", nargs="+", required=True, help="metaworld/TASK, one or more")
+    parser.add_argument("--embodiment", default="metaworld_sawyer", help="robot of the checkpoint")
+    parser.add_argument("--episodes", type=int, default=50, help="episodes of each task")
+    parser.add_argument("--execute-steps", type=int, default=4, help="actions of a chunk before the next observation")
+    parser.add_argument(
+        "--max-steps", type=int, default=200, help=f"steps of an episode, {CONTROL_FREQUENCY} a second"
+    )
+    parser.add_argument("--image-size", type=int, default=64, help="pixels of a camera image")
+    parser.add_argument("--num-inference-steps", type=int, help="Euler steps; default: the checkpoint's own")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--num-processes", type=int, default=2)
+    parser.add_argument("--baselines", action="store_true", help="also the scripted expert and a random policy")
+    parser.add_argument("--videos", type=int, default=0, help="videos of each task")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the checkpoint's own code instead of the installed one"
+    )
+    parser.add_argument("--output", help="folder of the results; default: runs/eval-NAME")
+    options = parser.parse_args(_read_config(parser, arguments))
+    tasks = []
+    for name in options.env:
+        family, _, task = name.partition("/")
+        if family != "metaworld" or not task:
+            parser.error(f"--env {name}: only metaworld/TASK is known, for instance metaworld/reach-v3")
+        tasks.append(task)
+    path = str(Path(options.path).resolve()) if Path(options.path).is_dir() else options.path
+    checkpoint = {"kind": "hub", "path": path, "embodiment": options.embodiment, "device": options.device}
+    policies = {"policy": {**checkpoint, "num_inference_steps": options.num_inference_steps}}
+    if options.baselines:
+        policies |= {"scripted expert": {"kind": "expert"}, "random policy": {"kind": "random"}}
+    spec = closed_loop_spec(
+        policies,
+        tasks,
+        options.episodes,
+        image_size=options.image_size,
+        execute_steps=options.execute_steps,
+        max_steps=options.max_steps,
+        videos_per_task=options.videos,
+        trust_remote_code=options.trust_remote_code,
+    )
+    output = Path(options.output or f"runs/eval-{Path(path).name}")
+    print(format_summary(evaluate(spec, output, options.num_processes)["summary"]))
+    print(f"wrote {output / 'results.json'}")
+
+
+def _eval_grounding(arguments: list[str]) -> None:
+    from .grounding_report import SIMULATOR, GroundingOptions, evaluate_checkpoints, format_results
+    from .quickstart import DEFAULT_TASKS
+
+    parser = _finish(argparse.ArgumentParser(), "eval-grounding")
+    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument(
+        "--benchmark", nargs="+", default=list(SIMULATOR), help=f"{', '.join(SIMULATOR)}, or NAME=PATH of local files"
+    )
+    parser.add_argument("--baseline", help="another checkpoint, or any image-text-to-text model of transformers")
+    parser.add_argument("--baseline-scale", type=float, help="full width in its coordinates; default: pixels it sees")
+    parser.add_argument("--kind", choices=("box", "point"), default="box", help="of the simulator's questions")
+    parser.add_argument("--task", nargs="+", default=list(DEFAULT_TASKS), help="Meta-World tasks of the simulator")
+    parser.add_argument("--scenes", type=int, default=20, help="scenes of each task")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels of a rendered image")
+    parser.add_argument("--constrained", action="store_true", help="decode well-formed coordinates only")
+    parser.add_argument("--limit", type=int, help="questions of each public benchmark; default: all")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
+    parser.add_argument("--output", help="folder of the results; default: runs/grounding-NAME")
+    options = parser.parse_args(_read_config(parser, arguments))
+    values = vars(options)
+    output = Path(values.pop("output") or f"runs/grounding-{Path(options.path).name}")
+    renamed = {"benchmarks": values.pop("benchmark"), "tasks": values.pop("task")}
+    del values["config"]
+    print(format_results(evaluate_checkpoints(GroundingOptions(**values, **renamed), output)["results"]))
+    print(f"wrote {output / 'results.json'}")
+
+
+def _demo(arguments: list[str]) -> None:
+    import importlib.util
+    import os
+
+    parser = _finish(argparse.ArgumentParser(), "demo")
+    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument("--compare", nargs="+", default=[], help="more checkpoints, for the tab that compares")
+    parser.add_argument("--port", type=int, default=7860)
+    options = parser.parse_args(_read_config(parser, arguments))
+    try:
+        import gradio
+    except ModuleNotFoundError:
+        parser.error("the demo needs gradio: pip install 'wallvla[space]'")
+    for path in (options.path, *options.compare):
+        if path.startswith((".", "/", "~")) and not (Path(path) / "config.json").is_file():
+            parser.error(f"{path} is no checkpoint: it has no config.json")
+    os.environ |= {"WALLVLA_MODEL": options.path, "WALLVLA_COMPARE": ",".join(options.compare)}
+    # A file, not a package: with an __init__.py the folder `spaces` would hide the PyPI package of that name
+    spec = importlib.util.spec_from_file_location("space", Path(__file__).parent / "spaces" / "grounding" / "app.py")
+    space = sys.modules["space"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(space)
+    print(f"gradio {gradio.__version__}; stop with Ctrl-C")
+    space.create_app().launch(**space.LAUNCH_OPTIONS, server_port=options.port)
+
+
+def _push(arguments: list[str]) -> None:
+    from .publish import push
+
+    parser = _finish(argparse.ArgumentParser(), "push")
+    parser.add_argument("path", help="folder of a model, Space, kernel or LeRobot dataset")
+    parser.add_argument("repo_id", help="OWNER/NAME on the Hub")
+    parser.add_argument("--model", help="of a Space: the repository that it shows")
+    parser.add_argument("--license", help="of a dataset without a card, such as mit")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    options = parser.parse_args(_read_config(parser, arguments))
+    print(f"pushed to {push(options.path, options.repo_id, options.model, options.license, options.private)}")
+
+
+def _train_codec(arguments: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from . import register_auto_classes
+    from .trainers.codec_trainer import CodecArguments, CodecTrainingConfig, train_codec
+
+    parser = _finish(HfArgumentParser((CodecArguments, CodecTrainingConfig)), "train-codec")
+    options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:2]
+    register_auto_classes()
+    print(f"wrote {train_codec(options, args)}")
+
+
 COMMANDS = {
     "quickstart": _quickstart,
     "train": _train,
-    "train-codec": _train_codec,
-    "eval": _eval,
+    "eval": _evaluation_command("eval"),
     "sample": _sample,
     "stats": _stats,
     "convert": _convert,
@@ -437,6 +629,16 @@ COMMANDS = {
     "data inspect": _data_inspect,
     "data clean": _data_clean,
     "data bridge": _data_bridge,
+    "serve": _serve,
+    "replay": _evaluation_command("replay"),
+    "report": _evaluation_command("report"),
+    "score": _evaluation_command("score"),
+    "blind": _evaluation_command("blind"),
+    "open-loop": _open_loop,
+    "eval-grounding": _eval_grounding,
+    "demo": _demo,
+    "push": _push,
+    "train-codec": _train_codec,
 }
 
 
@@ -444,7 +646,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `wallvla` command. Errors of the user's input end in one message and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<14}{SUMMARIES[name]}" for name in COMMANDS]
+        lines = [f"  {name:<16}{SUMMARIES[name]}" for name in COMMANDS]
         print("usage: wallvla COMMAND [options]\n\n" + "\n".join(lines) + "\n\nexample:\n  wallvla quickstart")
         print("\n`wallvla COMMAND --help` shows the options of a command and an example.")
         return

@@ -3,6 +3,8 @@
 Shapes: B samples, H steps, D channels; `time` is (B,) and broadcasts over a chunk.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -125,3 +127,61 @@ def time_grid(num_steps: int, scale: float = 0.999, device: torch.device | str |
 def euler_step(noisy_actions: Tensor, velocity: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
     """One explicit Euler step of `dx / dtau = v` from `time` to `next_time` (scalars)."""
     return noisy_actions + (next_time - time) * velocity
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Real-time chunking: while a chunk is computed, the robot goes on with the one before. A guidance bends the flow so
+# that the new chunk continues the old one. It is a function (velocity field, noisy actions (B, H, D), time ()) ->
+# velocity (B, H, D), where the field is a function (noisy actions, time) -> velocity; bind the other arguments below
+# with functools.partial. `target` (B, H, D) holds the old chunk's remaining actions, step 0 at the new observation;
+# `weights` (B, H) says how much each step must agree with it, and `limit` bounds `guidance_weight`.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def prefix_weights(delay: Tensor, end: Tensor, horizon: int) -> Tensor:
+    """Weights of the overlap: 1 below `delay`, falling to 0 at `end` ("Real-Time Execution of Action Chunking Flow
+    Policies", equation 5: `c (exp(c) - 1) / (e - 1)` with c linear in the step).
+
+    Args:
+        delay: steps that will have been executed when the chunk arrives, (B,) int64.
+        end: steps that the old chunk still covers, (B,) int64.
+        horizon: H.
+
+    Returns:
+        (B, H) float32.
+    """
+    delay = torch.minimum(delay, end)
+    steps = torch.arange(horizon, device=delay.device)
+    linear = ((end[:, None] - steps) / (end - delay + 1)[:, None]).clamp(0, 1).float()
+    return linear * torch.expm1(linear) / (math.e - 1)
+
+
+def guidance_weight(time: Tensor, limit: float) -> Tensor:
+    """`min(limit, (1 - tau) / (tau r^2))` with `r^2 = (1 - tau)^2 / (tau^2 + (1 - tau)^2)`. Shape of `time`."""
+    weight = (time**2 + (1 - time) ** 2) / (time * (1 - time))
+    return torch.nan_to_num(weight, nan=limit, posinf=limit).clamp(max=limit)
+
+
+def identity_guidance(field, noisy_actions: Tensor, time: Tensor, target: Tensor, weights: Tensor, limit: float):
+    """Adds the weighted error of the recovered action to the velocity, as LeRobot does: no backward pass."""
+    velocity = field(noisy_actions, time)
+    error = weights[..., None] * (target - (noisy_actions + (1 - time) * velocity))
+    return velocity + guidance_weight(time, limit) * error
+
+
+def vjp_guidance(field, noisy_actions: Tensor, time: Tensor, target: Tensor, weights: Tensor, limit: float):
+    """The paper's form (equation 2): the error goes back through the field, `error^T d a_hat / d x`."""
+    with torch.enable_grad():
+        noisy_actions = noisy_actions.detach().requires_grad_(True)
+        velocity = field(noisy_actions, time)
+        recovered = noisy_actions + (1 - time) * velocity
+        error = weights[..., None] * (target - recovered)
+        (correction,) = torch.autograd.grad(recovered, noisy_actions, error.detach())
+    return velocity.detach() + guidance_weight(time, limit) * correction
+
+
+def prefix_guidance(field, noisy_actions: Tensor, time: Tensor, target: Tensor, weights: Tensor):
+    """Keeps the steps of weight 1 on the straight path from their noise to `target`, where the others see them."""
+    velocity = field(noisy_actions, time)
+    held = (target - noisy_actions) / (1 - time)
+    return torch.where(weights[..., None] >= 1, held, velocity)

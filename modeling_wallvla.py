@@ -9,6 +9,7 @@ Shapes: B samples, S prefix tokens (left padded), H action steps, D action chann
 E width of the action expert, N key-value heads, P width of a head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -527,6 +528,7 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         action_padding: Tensor | None = None,
         states: Tensor | None = None,
         state_mask: Tensor | None = None,
+        guidance: Callable[[Callable, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Samples an action chunk by Euler steps from noise. The prefix is computed once.
 
@@ -538,6 +540,7 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             num_inference_steps: Euler steps, `config.num_inference_steps` when absent.
             generator: source of the noise.
             action_padding: clean value of channels that the robot lacks, (B, D) float32; 0 when absent.
+            guidance: bends the flow towards earlier actions, see "Real-time chunking" in `flow_matching_wallvla`.
 
         Returns:
             Normalised actions (B, H, D) float32, 0 where `action_mask` is False.
@@ -561,14 +564,19 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             domain_ids,
             states,
             state_mask,
-        ).with_room(config.action_horizon)
+        )
+        if guidance is None:  # which may differentiate, and static buffers are overwritten at every step
+            context = context.with_room(config.action_horizon)
+
+        def field(actions: Tensor, time: Tensor) -> Tensor:
+            velocity = self.predict_velocity(actions, time.expand(shape[0]), context, channel_mask, step_mask)
+            # Channels that the robot lacks go straight from noise to their padding, as they did in training
+            return torch.where(channel_mask, velocity, padding[:, None] - noise)
 
         times = time_grid(num_inference_steps or config.num_inference_steps, config.time_scale, device)
         actions = noise
         for time, next_time in zip(times[:-1], times[1:], strict=True):
-            velocity = self.predict_velocity(actions, time.expand(shape[0]), context, channel_mask, step_mask)
-            # Channels that the robot lacks go straight from noise to their padding, as they did in training
-            velocity = torch.where(channel_mask, velocity, padding[:, None] - noise)
+            velocity = field(actions, time) if guidance is None else guidance(field, actions, time)
             actions = euler_step(actions, velocity, time, next_time)
         return torch.where(action_mask, actions, 0.0)
 

@@ -7,7 +7,6 @@ Shapes: B samples, S tokens, H action steps and D action channels of the model, 
 """
 
 import json
-import re
 from collections.abc import Sequence
 from itertools import chain, groupby
 from pathlib import Path
@@ -23,6 +22,15 @@ from transformers.utils import cached_file
 
 from .action_space_wallvla import DEFAULT_PROMPT, Embodiment, short_camera_key
 from .baseline_codecs_wallvla import ActionCodec, load_action_codec
+from .grounding_wallvla import (
+    FORMS,
+    CoordinateConstraint,
+    GroundingAnswer,
+    answer_tokens,
+    find_elements,
+    grounding_prompt,
+    read_answer,
+)
 
 
 ImageLike = Image.Image | np.ndarray
@@ -41,10 +49,6 @@ ACTION_PROMPT = (
 TEXT_PROMPT = (
     "<|im_start|>system\n{prompt}<|im_end|>\n<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n"
 )
-
-_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-_POINT = re.compile(rf"<point>\s*\[{_NUMBER},{_NUMBER}\]\s*</point>")
-_BOX = re.compile(rf"<box>\s*\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]\s*</box>")
 
 
 class WallVLAProcessor(ProcessorMixin):
@@ -121,6 +125,7 @@ class WallVLAProcessor(ProcessorMixin):
         if tokenizer.pad_token_id is None:
             raise ValueError("Found a tokenizer without a pad token. Batches are padded; set `tokenizer.pad_token`.")
         self._pixel_table = self._prepare_pixel_table()
+        self._answer_tokens = None  # filled by the first `answer_constraint`
         # The left edges of the bins: a value at or above edge i and below edge i + 1 is in bin i.
         self._bin_edges = np.linspace(-1, 1, state_bins + 1)[:-1]
         # Not `self.action_codec`: the framework would try to write an attribute of that name into the JSON
@@ -805,9 +810,41 @@ class WallVLAProcessor(ProcessorMixin):
         Returns:
             `points` [(x, y)] and `boxes` [(x1, y1, x2, y2)]: lists of tuples of floats, clamped to the image.
         """
-        points = [self._to_original(match, image_size) for match in _POINT.findall(text)]
-        boxes = [self._to_original(match, image_size) for match in _BOX.findall(text)]
+        points, boxes = find_elements(text)
+        points = [self._to_original(point, image_size) for point in points]
+        boxes = [self._to_original(box, image_size) for box in boxes]
         return points, [box for box in boxes if box[0] <= box[2] and box[1] <= box[3]]
+
+    def grounding_prompt(self, kind: str, subject: str) -> str:
+        """The question of a kind ("point", "box", ...; see `PROMPTS`) about a subject, as it was asked in training."""
+        return grounding_prompt(kind, subject)
+
+    def parse_answer(self, text: str, kind: str, image_size: tuple[int, int]) -> GroundingAnswer:
+        """Reads the answer to a question of a kind: coordinates, progress, refusal, and what is wrong with it.
+
+        Args:
+            text (`str`): what the model answered; special tokens may still be in it.
+            kind (`str`): of the question.
+            image_size: (width, height) of the original image.
+        """
+        text = text.split(END_TOKEN)[0].strip()
+        return read_answer(kind, text, *self.parse_grounding(text, image_size))
+
+    def answer_constraint(self, kind: str, image_sizes: list[tuple[int, int]]) -> CoordinateConstraint:
+        """For `generate(logits_processor=[...])`: only well-formed coordinates inside the image can be generated.
+
+        Args:
+            kind (`str`): a kind of question whose answer is coordinates.
+            image_sizes: (width, height) of the original image of each prompt.
+        Raises:
+            ValueError: an answer of this kind has no coordinates.
+        """
+        if kind not in FORMS:
+            raise ValueError(f"Found the kind {kind!r}, whose answers are words. Constrain one of {', '.join(FORMS)}.")
+        if self._answer_tokens is None:
+            self._answer_tokens = answer_tokens(self.tokenizer, self.end_token_id)
+        sizes = [self.resized_size(size) for size in image_sizes]
+        return CoordinateConstraint(self.tokenizer, FORMS[kind], sizes, self.end_token_id, self._answer_tokens)
 
     def format_point(self, point: Sequence[float], image_size: tuple[int, int]) -> str:
         """Inverse of `parse_grounding` for a point (x, y) in pixels of the original image; rounds to whole pixels."""
@@ -817,10 +854,18 @@ class WallVLAProcessor(ProcessorMixin):
         """Inverse of `parse_grounding` for a box (x1, y1, x2, y2) in pixels of the original image."""
         return f"<box>{self._to_resized(box, image_size)}</box>"
 
-    def _to_original(self, coordinates: Sequence[str], image_size: tuple[int, int]) -> tuple[float, ...]:
+    def format_points(self, points: Sequence[Sequence[float]], image_size: tuple[int, int]) -> str:
+        """Several points, or a trajectory in the order of time: one `<point>` after the other."""
+        return "".join(self.format_point(point, image_size) for point in points)
+
+    def format_boxes(self, boxes: Sequence[Sequence[float]], image_size: tuple[int, int]) -> str:
+        """Several boxes, one after the other."""
+        return "".join(self.format_box(box, image_size) for box in boxes)
+
+    def _to_original(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> tuple[float, ...]:
         resized = self.resized_size(image_size)
         return tuple(
-            min(max(float(value) * image_size[axis % 2] / resized[axis % 2], 0.0), float(image_size[axis % 2]))
+            min(max(value * image_size[axis % 2] / resized[axis % 2], 0.0), float(image_size[axis % 2]))
             for axis, value in enumerate(coordinates)
         )
 

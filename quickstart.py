@@ -40,7 +40,8 @@ from .data.multimodal import MultimodalDataset, MultimodalWriter
 from .data.statistics import compute_statistics
 from .evaluation.closed_loop import closed_loop_spec, evaluate, format_summary
 from .evaluation.demonstrations import record_demonstrations, record_scenes
-from .evaluation.grounding import evaluate_grounding, grounding_prompt
+from .evaluation.grounding import evaluate_grounding
+from .evaluation.grounding_subjects import CheckpointSubject
 from .evaluation.metaworld import (
     ACTION_NAMES,
     ACTION_UNITS,
@@ -53,6 +54,7 @@ from .evaluation.metaworld import (
 from .evaluation.open_loop import format_open_loop, open_loop_metrics, predict_demonstration
 from .evaluation.plots import grounding_picture, plot_losses, plot_open_loop, save_pictures
 from .evaluation.policy import HubPolicy
+from .grounding_wallvla import grounding_prompt
 from .modeling_wallvla import WallVLAForConditionalGeneration
 from .processing_wallvla import WallVLAProcessor
 from .trainers.co_training_config import CoTrainingConfig
@@ -77,6 +79,7 @@ class QuickstartConfig:
     batch_size: int = field(default=32, metadata={"help": "Samples of a step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     multimodal_fraction: float = field(default=0.2, metadata={"help": "Share of grounding questions in a batch."})
+    text_loss_weight: float = field(default=0.01, metadata={"help": "Weight of the grounding answers in the loss."})
     image_size: int = field(default=64, metadata={"help": "Side of the camera images in pixels."})
     cameras: list[str] = field(
         default_factory=lambda: ["front"], metadata={"help": "What the policy sees: front, wrist."}
@@ -197,7 +200,7 @@ def record(config: QuickstartConfig, folder: Path) -> None:
             answers = {"box": processor.format_box(sample.box, size), "point": processor.format_point(center, size)}
             for kind, answer in answers.items():
                 metadata = {"object": sample.name, "task": sample.task, "box": list(map(float, sample.box))}
-                writer.add(sample.image, grounding_prompt(sample.name, kind), answer, metadata)
+                writer.add(sample.image, grounding_prompt(kind, sample.name), answer, metadata)
 
 
 # --- build
@@ -223,7 +226,7 @@ def build_tokenizer(config: QuickstartConfig) -> Qwen2Tokenizer:
     """
     words = [f"Instruction: {text}" for text in INSTRUCTIONS.values()]
     words += [
-        grounding_prompt(name, kind) for name in ("button", "window handle", "robot hand") for kind in ("point", "box")
+        grounding_prompt(kind, name) for name in ("button", "window handle", "robot hand") for kind in ("point", "box")
     ]
     words += ["You are a helpful assistant.", "Observation: front view: wrist view: left right", "drawer cabinet box"]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(words * 8, vocab_size=900, show_progress=False)
@@ -269,11 +272,13 @@ def build_processor(config: QuickstartConfig, robot: Embodiment, codec: ActionCo
     )
 
 
-def build_model(processor: WallVLAProcessor) -> WallVLAForConditionalGeneration:
+def build_model(processor: WallVLAProcessor, text_loss_weight: float = 0.01) -> WallVLAForConditionalGeneration:
     """`WallVLAConfig.tiny()` with the token ids of the processor's tokenizer, randomly initialised."""
     tokenizer = processor.tokenizer
     discrete = {} if processor.action_codec is None else processor.action_token_config()
-    config = WallVLAConfig.tiny(vocab_size=-(-len(tokenizer) // 64) * 64, **discrete)
+    config = WallVLAConfig.tiny(
+        vocab_size=-(-len(tokenizer) // 64) * 64, text_loss_weight=text_loss_weight, **discrete
+    )
     vlm, text = config.vlm_config, config.vlm_config.text_config
     for name in ("image", "video"):
         setattr(vlm, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>"))
@@ -297,7 +302,7 @@ def train(config: QuickstartConfig, folder: Path, result: Path) -> None:
     robot = embodiment(config)
     codec = None if config.codec is None else load_action_codec(config.codec)
     processor = build_processor(config, embodiment(config, compute_statistics(dataset, robot)), codec)
-    model = build_model(processor)
+    model = build_model(processor, config.text_loss_weight)
     print(f"{len(dataset)} frames, {len(grounding)} questions, {model.num_parameters() / 1e6:.2f}M parameters")
     mixture = CoTrainingMixture(
         dataset,
@@ -441,10 +446,10 @@ def _grounding(config: QuickstartConfig, folder: Path, model, processor: WallVLA
     seeds = range(EVALUATION_SEED_START, EVALUATION_SEED_START + config.control_episodes)
     scenes = record_scenes(config.task, seeds, config.image_size, config.cameras[0], config.num_processes)
     samples = [sample for scene in scenes for sample in scene]
-    report = evaluate_grounding(model, processor, samples, kind="box")
+    report = evaluate_grounding(CheckpointSubject(model, processor), samples, kind="box")
     answers = report.pop("answers")
     pictures = [
-        grounding_picture(sample.image, grounding_prompt(sample.name, "box"), sample.box, answer["box"])
+        grounding_picture(sample.image, grounding_prompt("box", sample.name), sample.box, answer["box"])
         for sample, answer in zip(samples[:9], answers[:9], strict=True)
     ]
     save_pictures(pictures, folder / "report" / "grounding.png")

@@ -20,6 +20,7 @@ from .converter import PUBLISHED, REPORT, TABLES, check_space, corner, in_folder
 from .layouts import NORMALIZER, Entry, Piece, WallLayout, compare, wall_entries
 from .published import CANONICAL_DOF, load_tokenizer
 from .tensor_files import (
+    DTYPE_NAMES,
     DTYPES,
     TensorInfo,
     checksum,
@@ -73,7 +74,9 @@ def export(
     infos = {entry.key: TensorInfo(Path(), tensors[entry.pieces[0].target].dtype, entry.shape) for entry in entries}
     prefix = layout.prefix + NORMALIZER
     tables = {prefix + key.partition(NORMALIZER)[2]: values for key, values in tables.items()}
-    infos |= {key: TensorInfo(Path(), "F32", tuple(values.shape)) for key, values in tables.items()}
+    infos |= {
+        key: TensorInfo(Path(), DTYPE_NAMES[values.dtype], tuple(values.shape)) for key, values in tables.items()
+    }
     files = shards(infos, max_shard_size or sum(info.bytes for info in infos.values()))
 
     folder = output.with_name(output.name + ".partial")

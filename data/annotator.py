@@ -16,7 +16,8 @@ class TransformersAnnotator:
     """Asks an image-text-to-text model.
 
     Args:
-        model: folder or Hub id of a model with a chat template, such as a Qwen2.5-VL.
+        model: folder or Hub id of a model with a chat template, such as a Qwen2.5-VL. (Processors that can also read
+            videos need torchvision, which this package does not; transformers says so.)
         device, dtype: where and how it runs.
         max_new_tokens: longest answer.
     """

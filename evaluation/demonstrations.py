@@ -130,6 +130,30 @@ def record_demonstrations(
             yield demonstration
 
 
+def demonstrations_of(dataset) -> list[Demonstration]:
+    """All episodes of a `LeRobotDataset` (or an object with its attributes) as demonstrations, decoded to memory."""
+    demonstrations = []
+    for number, (start, end) in enumerate(dataset.episode_bounds.tolist()):
+        samples = [dataset[index] for index in range(start, end)]
+        frames = {
+            key.rsplit(".", 1)[-1]: np.stack([sample["images"][key] for sample in samples])
+            for key in dataset.camera_keys
+        }
+        demonstrations.append(
+            Demonstration(
+                task=samples[0]["instruction"],
+                instruction=samples[0]["instruction"],
+                seed=int(dataset.episode_ids[number]),
+                states=dataset.states[start:end],
+                actions=dataset.actions[start:end],
+                frames=frames,
+                grounding=[],
+                failed_seeds=(),
+            )
+        )
+    return demonstrations
+
+
 def record_scenes(
     tasks: Sequence[str],
     seeds: Sequence[int],

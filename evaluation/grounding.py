@@ -1,9 +1,13 @@
-"""Grounding: does the model find the object that it was asked for, and not the one beside it?
+"""Grounding: does the model find what it was asked for, and not what lies beside it?
 
-The prompts live here, for training samples and evaluation alike. Answers are read by `processor.parse_grounding`.
+A `Subject` answers `Question`s; `evaluate_questions` scores the answers. Prompts and answer formats are not defined
+here: questions about objects get the text of `subject.prompt`, and every subject reads its own answers.
 """
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -13,24 +17,60 @@ from .demonstrations import GroundingSample
 
 
 KINDS = ("point", "box")
+Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
 
-def grounding_prompt(name: str, kind: str) -> str:
-    """The question for an object, `kind` "point" or "box"."""
-    if kind == "point":
-        return f"Point to the {name}."
-    if kind == "box":
-        return f"Where is the {name}? Answer with a box."
-    raise ValueError(f"Unknown kind of grounding {kind!r}: use one of {KINDS}.")
+@dataclass
+class Question:
+    """One question about one or more images, with what is needed to score the answer.
+
+    `kind` is a kind of the grounding protocol. Of `mask` (bool (h, w)), `box` and `answer` those are set that the
+    benchmark knows; the images of questions with a mask or box are one.
+    """
+
+    kind: str
+    text: str
+    images: list[np.ndarray]  # uint8 (h, w, 3) each
+    mask: np.ndarray | None = None
+    box: Box | None = None
+    answer: str | None = None
+    category: str = ""
 
 
-def box_center(box: Box) -> tuple[float, float]:
+@dataclass
+class Reply:
+    """What a subject answered: the text, and what was read from it, in pixels of the question's image.
+
+    `refused`: it says that there is no such thing. `problem`: what is wrong with the answer, None if nothing is.
+    """
+
+    text: str
+    points: list[Point] = field(default_factory=list)
+    boxes: list[Box] = field(default_factory=list)
+    refused: bool = False
+    problem: str | None = None
+
+
+class Subject(Protocol):
+    """A model under test; see `grounding_subjects.py` for a WallVLA checkpoint and for any other VLM."""
+
+    def prompt(self, kind: str, subject: str) -> str:
+        """The question of a kind about a subject, in the words that this model is asked with."""
+
+    def ask(self, questions: Sequence[Question]) -> list[Reply]:
+        """Answers questions that fit into one batch."""
+
+
+# --- geometry
+
+
+def box_center(box: Box) -> Point:
     """Centre (x, y) of a box (x1, y1, x2, y2)."""
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
-def box_contains(box: Box, point: tuple[float, float]) -> bool:
+def box_contains(box: Box, point: Point) -> bool:
     """Whether a point (x, y) lies in a box, borders included."""
     return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
@@ -43,6 +83,17 @@ def box_iou(first: Box, second: Box) -> float:
         return 0.0
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
     return width * height / (sum(areas) - width * height)
+
+
+def on_mask(mask: np.ndarray, point: Point) -> bool:
+    """Whether the pixel under a point (x, y) is True in a mask (h, w); the right and lower borders are inside."""
+    height, width = mask.shape
+    if not (0 <= point[0] <= width and 0 <= point[1] <= height):
+        return False
+    return bool(mask[min(int(point[1]), height - 1), min(int(point[0]), width - 1)])
+
+
+# --- answers of a WallVLA checkpoint
 
 
 def generate_answers(
@@ -79,13 +130,132 @@ def generate_answer(model, processor, image: np.ndarray, prompt: str, max_new_to
     return generate_answers(model, processor, [image], [prompt], max_new_tokens)[0]
 
 
-def parse_answer(processor, text: str, image: np.ndarray) -> tuple[tuple[float, float] | None, Box | None]:
+def parse_answer(processor, text: str, image: np.ndarray) -> tuple[Point | None, Box | None]:
     """The first point and the first box of an answer, in pixels of `image`; a box also gives its centre as point."""
     points, boxes = processor.parse_grounding(text, image_size=(image.shape[1], image.shape[0]))
-    box = tuple(float(value) for value in boxes[0]) if len(boxes) else None
+    return first_point(points, boxes), (tuple(float(value) for value in boxes[0]) if len(boxes) else None)
+
+
+def first_point(points: Sequence[Point], boxes: Sequence[Box]) -> Point | None:
+    """The first point of an answer, else the centre of its first box, else None."""
     if len(points):
-        return (float(points[0][0]), float(points[0][1])), box
-    return (None if box is None else box_center(box)), box
+        return float(points[0][0]), float(points[0][1])
+    return box_center(boxes[0]) if len(boxes) else None
+
+
+# --- questions and their scores
+
+
+def object_questions(samples: Sequence[GroundingSample], kind: str, subject: Subject) -> list[Question]:
+    """A question about the object of each sample, in the subject's words; `kind` is "point" or "box"."""
+    if kind not in KINDS:
+        raise ValueError(f"Unknown kind of grounding {kind!r}: use one of {KINDS}.")
+    return [
+        Question(kind, subject.prompt(kind, s.name), [s.image], mask=s.mask, box=s.box, category=s.name)
+        for s in samples
+    ]
+
+
+def ask_all(
+    subject: Subject, questions: Sequence[Question], batch_size: int = 32, progress: bool = False
+) -> list[Reply]:
+    """The subject's replies, in the order of the questions; a batch holds questions of one kind."""
+    by_kind: dict[str, list[int]] = {}
+    for index, question in enumerate(questions):
+        by_kind.setdefault(question.kind, []).append(index)
+    replies: dict[int, Reply] = {}
+    with tqdm(total=len(questions), desc="grounding", unit="question", disable=not progress) as bar:
+        for indices in by_kind.values():
+            for start in range(0, len(indices), batch_size):
+                chosen = indices[start : start + batch_size]
+                answered = subject.ask([questions[index] for index in chosen])
+                replies.update(zip(chosen, answered, strict=True))
+                bar.update(len(chosen))
+    return [replies[index] for index in range(len(questions))]
+
+
+def score_reply(question: Question, reply: Reply) -> dict[str, float]:
+    """The metrics that a question allows, each from 0 to 1. No answer, a refusal and a malformed one score 0.
+
+    `point_in_mask`, `point_in_box`: the first point (or the centre of the first box). `points_in_mask`: the part of
+    all points that lie in the mask, Where2Place's and RefSpatial's accuracy. `iou` and `iou_50` of the first box, for
+    questions of kind "box". `exact_match` of words, for questions with an answer.
+    """
+    scores = {}
+    point = first_point(reply.points, reply.boxes)
+    if question.mask is not None:
+        scores["point_in_mask"] = float(point is not None and on_mask(question.mask, point))
+        inside = [on_mask(question.mask, p) for p in reply.points]
+        if question.kind in ("free_space", "points"):
+            scores["points_in_mask"] = float(np.mean(inside)) if inside else 0.0
+    if question.box is not None:
+        scores["point_in_box"] = float(point is not None and box_contains(question.box, point))
+        if question.kind == "box":
+            scores["iou"] = box_iou(reply.boxes[0], question.box) if reply.boxes else 0.0
+            scores["iou_50"] = float(scores["iou"] >= 0.5)
+    if question.answer is not None:
+        scores["exact_match"] = float(exact_match(reply.text, question.answer))
+    return scores
+
+
+def exact_match(text: str, answer: str) -> bool:
+    """Whether two answers are the same, up to case, blanks and a final full stop; of a choice the letter counts.
+
+    A choice is an answer of one letter. It matches "B", "B.", "(b)", "B. the left one" and "Answer: B".
+    """
+    answer = answer.strip().strip(".").lower()
+    text = re.sub(r"^\s*(the )?(correct )?answer( is)?\s*:?\s*", "", text.strip().lower())
+    if re.fullmatch(r"[a-z]", answer):
+        found = re.match(r"\(?([a-z])(?:[\s).:,]|$)", text)
+        return found is not None and found[1] == answer
+    return " ".join(text.split()).strip(".") == " ".join(answer.split())
+
+
+def evaluate_questions(
+    subject: Subject, questions: Sequence[Question], batch_size: int = 32, progress: bool = True
+) -> dict:
+    """Asks all questions and averages the scores.
+
+    Returns:
+        `questions`; `metrics`: by name `{"rate", "low", "high", "count"}` with 95% Wilson intervals (of a mean of
+        fractions the interval is that of as many yes-or-no outcomes, which is never narrower); `malformed_rate` and
+        `refusal_rate`; `by_category`: by category the mean of each metric; `answers`: one dictionary a question.
+
+    Raises:
+        ValueError: there are no questions.
+    """
+    if len(questions) == 0:
+        raise ValueError("There are no grounding questions to evaluate.")
+    replies = ask_all(subject, questions, batch_size, progress)
+    answers = [
+        {
+            "category": question.category,
+            "question": question.text,
+            "text": reply.text,
+            "points": reply.points,
+            "boxes": reply.boxes,
+            "refused": reply.refused,
+            "problem": reply.problem,
+            "scores": score_reply(question, reply),
+        }
+        for question, reply in zip(questions, replies, strict=True)
+    ]
+    names = sorted({name for answer in answers for name in answer["scores"]})
+    metrics, by_category = {}, {}
+    for name in names:
+        scored = [answer for answer in answers if name in answer["scores"]]
+        metrics[name] = _rate([answer["scores"][name] for answer in scored]) | {"count": len(scored)}
+        for category in sorted({answer["category"] for answer in scored}):
+            values = [answer["scores"][name] for answer in scored if answer["category"] == category]
+            by_category.setdefault(category, {})[name] = float(np.mean(values))
+    return {
+        "questions": len(questions),
+        "metrics": metrics,
+        "malformed_rate": float(np.mean([answer["problem"] is not None for answer in answers])),
+        "refusal_rate": float(np.mean([answer["refused"] for answer in answers])),
+        "by_category": by_category,
+        "answers": answers,
+    }
 
 
 def swapped_name(sample: GroundingSample, choice: int) -> str | None:
@@ -102,22 +272,18 @@ def swapped_name(sample: GroundingSample, choice: int) -> str | None:
 
 
 def evaluate_grounding(
-    model,
-    processor,
+    subject: Subject,
     samples: Sequence[GroundingSample],
     kind: str = "box",
-    max_new_tokens: int = 48,
     batch_size: int = 32,
     progress: bool = True,
 ) -> dict:
     """Asks for every sample's object, and then for another one in the same image.
 
     Args:
-        model: has `generate` and `device`.
-        processor: has `__call__`, `batch_decode` and `parse_grounding`.
-        samples: images with a named object; see `demonstrations.record_scenes`.
+        subject: the model under test.
+        samples: images with a named object; see `demonstrations.record_scenes` and `grounding_scenes`.
         kind: "point" or "box".
-        max_new_tokens: longest answer.
         batch_size: questions answered at once.
         progress: whether to show a progress bar.
 
@@ -133,37 +299,34 @@ def evaluate_grounding(
     """
     if len(samples) == 0:
         raise ValueError("There are no grounding samples to evaluate.")
-    model.eval()
-    swaps = [(sample, swapped_name(sample, index)) for index, sample in enumerate(samples)]
-    swaps = [(sample, name) for sample, name in swaps if name is not None]
-    questions = [(sample, sample.name) for sample in samples] + swaps
-    texts = generate_answers(
-        model,
-        processor,
-        [sample.image for sample, _ in questions],
-        [grounding_prompt(name, kind) for _, name in questions],
-        max_new_tokens,
-        batch_size,
-        progress,
-    )
-    answers = [_judge(processor, sample, text) for sample, text in zip(samples, texts[: len(samples)], strict=True)]
+    asked = object_questions(samples, kind, subject)
     swapped = [
-        _judge(processor, sample, text)["inside"]
-        for (sample, _), text in zip(swaps, texts[len(samples) :], strict=True)
+        (question, swapped_name(sample, index))
+        for index, (question, sample) in enumerate(zip(asked, samples, strict=True))
     ]
-    return _report(answers, swapped, kind)
+    swapped = [
+        Question(kind, subject.prompt(kind, name), question.images, mask=question.mask, box=question.box)
+        for question, name in swapped
+        if name is not None
+    ]
+    replies = ask_all(subject, asked + swapped, batch_size, progress)
+    answers = [_judge(question, reply) for question, reply in zip(asked, replies[: len(asked)], strict=True)]
+    others = [
+        _judge(question, reply)["inside"] for question, reply in zip(swapped, replies[len(asked) :], strict=True)
+    ]
+    return _report(answers, others, kind)
 
 
-def _judge(processor, sample: GroundingSample, text: str) -> dict:
-    point, box = parse_answer(processor, text, sample.image)
+def _judge(question: Question, reply: Reply) -> dict:
+    scores = score_reply(question, reply)
     return {
-        "name": sample.name,
-        "text": text,
-        "point": point,
-        "box": box,
-        "inside": point is not None and box_contains(sample.box, point),
-        "on_mask": point is not None and _on_mask(sample.mask, point),
-        "iou": 0.0 if box is None else box_iou(box, sample.box),
+        "name": question.category,
+        "text": reply.text,
+        "point": first_point(reply.points, reply.boxes),
+        "box": tuple(map(float, reply.boxes[0])) if reply.boxes else None,
+        "inside": bool(scores["point_in_box"]),
+        "on_mask": bool(scores["point_in_mask"]),
+        "iou": scores["iou"] if question.kind == "box" else 0.0,
     }
 
 
@@ -187,11 +350,6 @@ def _report(answers: list[dict], swapped: list[bool], kind: str) -> dict:
     return report
 
 
-def _rate(outcomes: Sequence[bool]) -> dict[str, float]:
+def _rate(outcomes: Sequence[float]) -> dict[str, float]:
     low, high = wilson_interval(sum(outcomes), len(outcomes))
     return {"rate": sum(outcomes) / len(outcomes), "low": low, "high": high}
-
-
-def _on_mask(mask: np.ndarray, point: tuple[float, float]) -> bool:
-    column, row = int(np.floor(point[0])), int(np.floor(point[1]))
-    return 0 <= row < mask.shape[0] and 0 <= column < mask.shape[1] and bool(mask[row, column])

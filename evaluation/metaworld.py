@@ -18,9 +18,10 @@ import warnings
 from collections.abc import Sequence
 from ctypes.util import find_library
 from types import ModuleType
-from typing import NamedTuple
 
 import numpy as np
+
+from .gym_env import StepResult
 
 
 CONTROL_FREQUENCY = 80  # actions per second
@@ -165,14 +166,6 @@ _HAND_SITES = ("rightEndEffector", "leftEndEffector")  # painted dots on the fin
 _COLORS = ("red", "green", "blue")
 
 
-class StepResult(NamedTuple):
-    """What one action led to: Meta-World's dense reward, whether the task is solved now, whether time ran out."""
-
-    reward: float
-    success: bool
-    done: bool
-
-
 def check_task(task: str) -> None:
     """Raises `ValueError` with close matches when `task` is not one of the 50 `TASKS`."""
     if task not in INSTRUCTIONS:
@@ -214,6 +207,11 @@ class MetaWorldEnv:
         RuntimeError: the machine has no off-screen OpenGL.
     """
 
+    action_dim = len(ACTION_NAMES)
+    action_low, action_high = (-1.0,) * action_dim, (1.0,) * action_dim
+    control_frequency = CONTROL_FREQUENCY
+    max_steps = MAX_STEPS
+
     def __init__(self, task: str, cameras: Sequence[str] = ("front", "wrist"), image_size: int = 64) -> None:
         check_task(task)
         self._mujoco = _import_mujoco()
@@ -226,6 +224,7 @@ class MetaWorldEnv:
         self._expert = None
         self._observation: np.ndarray | None = None  # Meta-World's own (39,): hand, objects, goal
         self.success = False
+        self.progress = 0.0
         self.steps = 0
 
         model = self._env.model
@@ -272,7 +271,7 @@ class MetaWorldEnv:
         self._observation = self._env._get_obs()
         self._expert = _make_expert(self.task)
         self._images.clear()
-        self.success, self.steps = False, 0
+        self.success, self.progress, self.steps = False, 0.0, 0
 
     def step(self, action: np.ndarray) -> StepResult:
         """Executes one action for 1/80 s.
@@ -295,6 +294,8 @@ class MetaWorldEnv:
         self._images.clear()
         self.steps += 1
         self.success = bool(info["success"])
+        # Meta-World's dense rewards are made to lie in [0, 10]. The best so far is a progress, though no linear one
+        self.progress = 1.0 if self.success else max(self.progress, min(1.0, float(reward) / 10))
         return StepResult(float(reward), self.success, self.steps >= MAX_STEPS)
 
     @property
@@ -320,6 +321,10 @@ class MetaWorldEnv:
     def render(self, camera: str, size: int | None = None) -> np.ndarray:
         """One frame of a camera, uint8 (size, size, 3); `size` defaults to `image_size`."""
         return self._upright(camera, self._aimed_renderer(camera, size).render())
+
+    def video_frame(self, size: int) -> np.ndarray:
+        """A picture for people: the front camera, uint8 (size, size, 3)."""
+        return self.render("front", size)
 
     def expert_action(self) -> np.ndarray:
         """What Meta-World's scripted expert would do now: float32 (4,) in [-1, 1]. It sees the true object poses."""

@@ -106,6 +106,42 @@ def plot_open_loop(
     return _save(figure, path)
 
 
+def plot_open_loop_report(report: Mapping, units: Sequence[str], path: Path | str, title: str = "") -> Path:
+    """Error by horizon step with the spread between noise seeds, one panel per dimension, and what the inputs change.
+
+    Args:
+        report: from `open_loop.open_loop_report`.
+        units: of the dimensions.
+        path: the picture to write.
+        title: of the figure.
+    """
+    names = list(report["metrics"]["mae"])
+    panels = len(names) + 1
+    columns = min(3, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(3.9 * columns, 2.5 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, name, unit in zip(axes.flat, names, units, strict=False):
+        error = np.array(report["metrics"]["mae_by_step"][name], dtype=np.float64)  # None becomes nan, a gap
+        axis.plot(error, color=PREDICTED, linewidth=1.8, label="error (MAE)")
+        axis.plot(report["noise_spread_by_step"][name], color=DEMONSTRATED, linewidth=1.2, label="spread of noise")
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"{name} [{unit}]", fontsize=10)
+        axis.set_xlabel("step of the chunk")
+        _tidy(axis)
+    axes.flat[0].legend(fontsize=8, frameon=False)
+    axis = axes.flat[len(names)]
+    probes = list(report["probes"])[::-1]
+    axis.barh(probes, [report["probes"][probe]["ratio"] for probe in probes], color=LINES[0])
+    axis.axvline(1, color=DEMONSTRATED, linewidth=1)
+    axis.set_title("change of the actions / spread of noise", fontsize=10)
+    _tidy(axis)
+    for axis in axes.flat[panels:]:
+        axis.set_visible(False)
+    figure.suptitle(title, fontsize=11, x=0.02, ha="left")
+    return _save(figure, path)
+
+
 def grounding_picture(
     image: np.ndarray,
     caption: str,

@@ -1,6 +1,7 @@
 """What acts: a checkpoint from the Hub layout, two baselines, and two controls that take information away.
 
-An observation is what `MetaWorldEnv.observe` returns: `{"images": {camera: uint8 (h, w, 3)}, "state": float32 (S,)}`.
+An observation is what `environments.Environment.observe` returns:
+`{"images": {camera: uint8 (h, w, 3)}, "state": float32 (S,)}`.
 """
 
 import functools
@@ -10,7 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
+from .environments import Environment
 from .metaworld import MetaWorldEnv
+from .remote import RemotePolicy
 
 
 class Policy(Protocol):
@@ -171,8 +174,14 @@ class RandomPolicy:
 
     cameras = ()
 
-    def __init__(self, action_dim: int = 4, hold_steps: int = 8, seed: int = 0) -> None:
-        self.action_dim = action_dim
+    def __init__(
+        self,
+        low: Sequence[float] = (-1.0,) * 4,
+        high: Sequence[float] = (1.0,) * 4,
+        hold_steps: int = 8,
+        seed: int = 0,
+    ) -> None:
+        self.low, self.high = np.asarray(low, np.float64), np.asarray(high, np.float64)
         self.hold_steps = hold_steps
         self.seed = seed
         self.reset()
@@ -182,8 +191,8 @@ class RandomPolicy:
         self._rng = np.random.default_rng([self.seed, seed])
 
     def act(self, observation: dict, instruction: str) -> np.ndarray:
-        """One random action, repeated: float64 (hold_steps, action_dim) in [-1, 1]."""
-        return np.repeat(self._rng.uniform(-1.0, 1.0, (1, self.action_dim)), self.hold_steps, axis=0)
+        """One random action between the bounds, repeated: float64 (hold_steps, action_dim)."""
+        return np.repeat(self._rng.uniform(self.low, self.high)[None], self.hold_steps, axis=0)
 
 
 class BlankedImages:
@@ -236,34 +245,45 @@ def _load_hub_policy(arguments: str) -> HubPolicy:
     return HubPolicy.from_pretrained(**json.loads(arguments))
 
 
-def build_policy(spec: Mapping, env: MetaWorldEnv, trust_remote_code: bool = False) -> Policy:
+@functools.lru_cache(maxsize=4)
+def _connect_policy(address: str) -> RemotePolicy:
+    return RemotePolicy(address)
+
+
+def build_policy(spec: Mapping, env: Environment, trust_remote_code: bool = False) -> Policy:
     """Makes a policy from plain data. A checkpoint is loaded once per process.
 
     Args:
         spec: one of
-            `{"kind": "expert"}`,
+            `{"kind": "expert"}` (Meta-World only),
             `{"kind": "random", "seed"?}`,
             `{"kind": "hub", "path", "embodiment", "device"?, "num_inference_steps"?, "seed"?, "dtype"?, "discrete"?}`,
-            and optional controls in any of them: `"blank_images": true`, `"instruction": str or {true: told}`.
+            `{"kind": "remote", "address": "host:port"}` (a policy server of `remote.py`), and optional
+            controls in any of them: `"blank_images": true`, `"instruction": str or {true: told}`.
         env: the simulator of the episode (the expert looks into it).
         trust_remote_code: whether a checkpoint's own Python files may run.
 
     Raises:
-        ValueError: unknown kind.
+        ValueError: unknown kind, or an expert where there is none.
         TypeError: an option that the kind does not have.
+        WireError: no policy server answers.
     """
     options = dict(spec)
     kind = options.pop("kind", None)
     blank_images = options.pop("blank_images", False)
     instruction = options.pop("instruction", None)
     if kind == "expert":
+        if not isinstance(env, MetaWorldEnv):
+            raise ValueError("Only Meta-World has scripted experts: leave the policy of kind 'expert' out.")
         policy = ScriptedExpert(env, **options)
     elif kind == "random":
-        policy = RandomPolicy(**options)
+        policy = RandomPolicy(env.action_low, env.action_high, **options)
+    elif kind == "remote":
+        policy = _connect_policy(**options)
     elif kind == "hub":
         policy = _load_hub_policy(json.dumps({**options, "trust_remote_code": trust_remote_code}, sort_keys=True))
     else:
-        raise ValueError(f"Unknown policy kind {kind!r}: use 'hub', 'expert' or 'random'.")
+        raise ValueError(f"Unknown policy kind {kind!r}: use 'hub', 'remote', 'expert' or 'random'.")
     if blank_images:
         policy = BlankedImages(policy)
     if instruction is not None:

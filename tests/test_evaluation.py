@@ -18,10 +18,10 @@ from wallvla.evaluation.closed_loop import (
     format_summary,
     run_episode,
     summarize,
-    wilson_interval,
 )
 from wallvla.evaluation.demonstrations import RETRY_STRIDE, GroundingSample, record_demonstrations, record_scenes
-from wallvla.evaluation.grounding import box_iou, evaluate_grounding, grounding_prompt
+from wallvla.evaluation.grounding import box_iou, evaluate_grounding
+from wallvla.evaluation.grounding_subjects import CheckpointSubject
 from wallvla.evaluation.metaworld import (
     ACTION_NAMES,
     ACTION_UNITS,
@@ -31,8 +31,20 @@ from wallvla.evaluation.metaworld import (
     MetaWorldEnv,
     mask_box,
 )
-from wallvla.evaluation.open_loop import format_open_loop, open_loop_metrics, predict_demonstration
-from wallvla.evaluation.plots import grounding_picture, plot_losses, plot_open_loop, save_pictures
+from wallvla.evaluation.open_loop import (
+    format_open_loop,
+    format_probes,
+    open_loop_metrics,
+    open_loop_report,
+    predict_demonstration,
+)
+from wallvla.evaluation.plots import (
+    grounding_picture,
+    plot_losses,
+    plot_open_loop,
+    plot_open_loop_report,
+    save_pictures,
+)
 from wallvla.evaluation.policy import (
     BlankedImages,
     HubPolicy,
@@ -43,8 +55,10 @@ from wallvla.evaluation.policy import (
     build_policy,
     check_chunk,
 )
+from wallvla.evaluation.statistics import wilson_interval
 from wallvla.evaluation.video import write_video
 from wallvla.evaluation.workers import WorkerError
+from wallvla.grounding_wallvla import grounding_prompt, read_answer
 
 
 EVALUATION = Path(__file__).resolve().parents[1] / "evaluation"
@@ -310,9 +324,13 @@ class FakeProcessor:
     def batch_decode(self, tokens):
         return [self.answers[text] for text in self.asked]
 
-    def parse_grounding(self, text, image_size):
+    def grounding_prompt(self, kind, subject):
+        return grounding_prompt(kind, subject)
+
+    def parse_answer(self, text, kind, image_size):
         values = [float(value) for value in text.split()]
-        return ([tuple(values)] if len(values) == 2 else []), ([tuple(values)] if len(values) == 4 else [])
+        points, boxes = [tuple(values)] if len(values) == 2 else [], [tuple(values)] if len(values) == 4 else []
+        return read_answer(kind, text, points, boxes)
 
 
 class FakeModel:
@@ -346,7 +364,7 @@ def test_hub_policy_noise_follows_from_seed_episode_and_call(envs):
 
 
 def test_unknown_policy_kind():
-    with pytest.raises(ValueError, match="'hub', 'expert' or 'random'"):
+    with pytest.raises(ValueError, match="'hub', 'remote', 'expert' or 'random'"):
         build_policy({"kind": "oracle"}, None)
 
 
@@ -475,7 +493,7 @@ def test_wilson_interval_against_known_values():
 
 
 def test_summary_pools_tasks():
-    base = {"policy": "p", "steps": 10, "policy_calls": 2, "policy_seconds": 0.01}
+    base = {"policy": "p", "progress": 0.5, "steps": 10, "policy_calls": 2, "policy_seconds": 0.01}
     episodes = [{**base, "task": task, "success": task == "a"} for task in ("a", "a", "b", "b")]
     summary = summarize(episodes)["p"]
     assert summary["a"]["rate"] == 1 and summary["b"]["rate"] == 0 and summary["all"]["rate"] == 0.5
@@ -525,11 +543,11 @@ def test_grounding_scores_right_wrong_and_malformed():
     ]
     processor = FakeProcessor()
     processor.answers = {
-        grounding_prompt("cup", "box"): "2 4 6 8",
-        grounding_prompt("bowl", "box"): "22 10 28 16",
-        grounding_prompt("lid", "box"): "",
+        grounding_prompt("box", "cup"): "2 4 6 8",
+        grounding_prompt("box", "bowl"): "22 10 28 16",
+        grounding_prompt("box", "lid"): "",
     }
-    report = evaluate_grounding(FakeModel(), processor, samples, "box", batch_size=6, progress=False)
+    report = evaluate_grounding(CheckpointSubject(FakeModel(), processor), samples, "box", 6, progress=False)
     assert report["point_in_object"]["rate"] == pytest.approx(2 / 3)
     assert report["point_on_mask"]["rate"] == pytest.approx(1 / 3)
     assert report["malformed_rate"] == pytest.approx(1 / 3)
@@ -540,7 +558,7 @@ def test_grounding_scores_right_wrong_and_malformed():
     assert box_iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
     assert box_iou((2, 2, 0, 0), (0, 0, 2, 2)) == 0
     with pytest.raises(ValueError, match="Unknown kind"):
-        grounding_prompt("cup", "polygon")
+        evaluate_grounding(CheckpointSubject(FakeModel(), processor), samples, "polygon")
 
 
 # ---- pictures ----
@@ -588,3 +606,58 @@ def test_random_policy_is_reproducible():
     np.testing.assert_array_equal(chunk, second.act({}, ""))
     second.reset(5)
     assert (chunk != second.act({}, "")).all()
+
+
+# ---- what the open loop depends on ----
+
+
+class Looker:
+    """Actions that follow from exactly the inputs named, plus noise by seed."""
+
+    cameras = ("front", "wrist")
+
+    def __init__(self, uses, noise=0.01):
+        self.uses, self.noise = uses, noise
+
+    def reset(self, seed=0):
+        self.rng = np.random.default_rng(seed)
+
+    def act(self, observation, instruction):
+        value = 0.0
+        if "images" in self.uses:
+            front, wrist = (observation["images"][camera].astype(float) for camera in self.cameras)
+            value += front[20:40].std() / 50 - wrist[20:40].std() / 50 + front[32, 32].mean() / 255
+        if "instruction" in self.uses:
+            value += ord(instruction[0]) / 50
+        if "state" in self.uses:
+            value += observation["state"][2]
+        return value + self.noise * self.rng.normal(size=(8, 4)) * np.array([1, 1, 1, 3])
+
+
+@pytest.mark.parametrize("uses", [set(), {"images"}, {"instruction"}, {"state"}, {"images", "state"}])
+def test_probes_find_what_a_policy_looks_at(demonstrations, uses):
+    report = open_loop_report(Looker(uses), demonstrations, ACTION_NAMES, every=20)
+    used = {name for name, probe in report["probes"].items() if probe["used"]}
+    probes = {
+        "images": {"blank images", "shuffled images", "swapped cameras"},
+        "instruction": {"swapped instruction"},
+        "state": {"zero state", "shuffled state"},
+    }
+    assert set(report["probes"]) == set().union(*probes.values())
+    assert used == set().union(*(probes[name] for name in uses)) if uses else not used
+    assert "yes" in format_probes(report["probes"]) or not uses
+
+
+def test_open_loop_report_splits_by_phase_and_seed(demonstrations, tmp_path):
+    report = open_loop_report(Looker(set()), demonstrations, ACTION_NAMES, every=4)
+    phases = report["by_phase"]
+    assert list(phases) == ["first third", "second third", "last third"]
+    assert sum(metrics["steps"] for metrics in phases.values()) == report["metrics"]["steps"]
+    weighted = sum(metrics["mae"]["dx"] * metrics["steps"] for metrics in phases.values())
+    assert weighted / report["metrics"]["steps"] == pytest.approx(report["metrics"]["mae"]["dx"])
+    assert list(report["by_seed"]) == ["0", "1", "2"] and report["by_seed"]["0"] == report["metrics"]["mae"]
+    assert report["noise_spread"]["dx"] == pytest.approx(0.01 * 0.886, rel=0.1)  # c4(3) of three draws
+    assert report["noise_spread"]["gripper"] == pytest.approx(3 * 0.01 * 0.886, rel=0.1)
+    assert plot_open_loop_report(report, ACTION_UNITS, tmp_path / "report.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="got 1 demonstrations"):
+        open_loop_report(Looker(set()), demonstrations[:1])

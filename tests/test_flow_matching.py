@@ -1,6 +1,7 @@
 """Flow matching: every formula against another way to compute it."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,12 +10,17 @@ from wallvla.flow_matching_wallvla import (
     action_from_velocity,
     euler_step,
     flow_matching_loss,
+    guidance_weight,
+    identity_guidance,
     interpolate,
     masked_mean,
+    prefix_guidance,
+    prefix_weights,
     sample_time,
     time_grid,
     velocity_from_action,
     velocity_of,
+    vjp_guidance,
 )
 
 
@@ -153,3 +159,87 @@ def test_unknown_options_are_named():
         flow_matching_loss(*torch.zeros(3, 1, 1, 1), torch.zeros(1), torch.ones(1, 1, 1).bool(), "pixel")
     with pytest.raises(ValueError, match="'sum'.*per_channel"):
         masked_mean(torch.zeros(1, 1, 1), torch.ones(1, 1, 1).bool(), "sum")
+
+
+# Real-time chunking
+
+
+def lerobot_weights(delay: int, end: int, horizon: int) -> torch.Tensor:
+    """LeRobot's `get_prefix_weights` with the EXP schedule, step by step. (H,)."""
+    delay = min(delay, end)
+    falling = torch.linspace(1, 0, max(0, end - delay) + 2)[1:-1]
+    falling = falling * torch.expm1(falling) / (math.e - 1)
+    return torch.cat([torch.ones(delay), falling, torch.zeros(max(0, horizon - end))])[:horizon]
+
+
+def lerobot_guided_velocity(field, x, time, previous, weights, limit):
+    """LeRobot's `RTCProcessor.denoise_step`: time runs from 1 (noise) to 0, the velocity is noise minus action."""
+    tau = 1 - time
+    velocity = field(x)
+    x = x.clone().requires_grad_(True)  # only now, so the velocity is a constant of the derivative
+    recovered = x - time * velocity
+    error = (previous - recovered) * weights[..., None]
+    correction = torch.autograd.grad(recovered, x, error.detach())[0]
+    inverse_r2 = ((1 - tau) ** 2 + tau**2) / (1 - tau) ** 2
+    ratio = torch.nan_to_num((1 - tau) / tau, posinf=limit)
+    weight = torch.minimum(torch.nan_to_num(ratio * inverse_r2, posinf=limit), torch.tensor(limit))
+    return velocity - weight * correction
+
+
+@pytest.mark.parametrize("delay, end", [(0, 0), (0, 5), (2, 6), (3, 3), (7, 7), (6, 4)])
+def test_prefix_weights_equal_lerobots(delay, end):
+    weights = prefix_weights(torch.tensor([delay, 1]), torch.tensor([end, 3]), 7)
+    torch.testing.assert_close(weights[0], lerobot_weights(delay, end, 7))
+    torch.testing.assert_close(weights[1], lerobot_weights(1, 3, 7))
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.1998, 0.5, 0.7992])
+def test_identity_guidance_equals_lerobots(path, tau):
+    actions, noise, _ = path
+    time = torch.tensor(tau, dtype=torch.float64)
+    matrix = torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = prefix_weights(torch.full((5,), 2), torch.full((5,), 5), 7).double()
+    target = actions.flip(0)
+
+    ours = identity_guidance(lambda x, _: x @ matrix, noise, time, target, weights, 5.0)
+    theirs = lerobot_guided_velocity(lambda x: -(x @ matrix), noise, 1 - time, target, weights, 5.0)
+    torch.testing.assert_close(ours, -theirs)
+
+
+def test_vjp_guidance_against_the_written_out_derivative(path):
+    """For a linear field x M the recovered action is x (1 + (1 - tau) M); the error comes back by the transpose."""
+    actions, noise, _ = path
+    time = torch.tensor(0.4, dtype=torch.float64)
+    matrix = torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = prefix_weights(torch.full((5,), 2), torch.full((5,), 5), 7).double()
+    jacobian = torch.eye(3, dtype=torch.float64) + 0.6 * matrix
+    error = weights[..., None] * (actions - noise @ jacobian)
+    expected = noise @ matrix + guidance_weight(time, 5.0) * error @ jacobian.T
+
+    with torch.no_grad():
+        guided = vjp_guidance(lambda x, _: x @ matrix, noise, time, actions, weights, 5.0)
+    torch.testing.assert_close(guided, expected)
+    identity = identity_guidance(lambda x, _: x @ matrix, noise, time, actions, weights, 5.0)
+    assert (guided - identity).abs().max() > 0.01
+
+
+def test_prefix_guidance_ends_at_the_target(path):
+    actions, noise, _ = path
+    weights = prefix_weights(torch.full((5,), 3), torch.full((5,), 6), 7)
+    field = partial(prefix_guidance, lambda x, time: torch.tanh(x), target=actions, weights=weights)
+    x, times = noise, time_grid(5, scale=1.0)
+    for time, next_time in zip(times[:-1], times[1:], strict=True):
+        x = euler_step(x, field(x, time), time, next_time)
+        torch.testing.assert_close(
+            x[:, :3], interpolate(actions, noise, next_time.expand(5))[:, :3], rtol=1e-5, atol=1e-5
+        )
+    assert (x[:, 3:] - actions[:, 3:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("guide", [identity_guidance, vjp_guidance])
+def test_guidance_without_weight_changes_nothing(path, guide):
+    actions, noise, _ = path
+    weights = prefix_weights(torch.zeros(5, dtype=torch.long), torch.zeros(5, dtype=torch.long), 7)
+    for tau in (0.0, 0.5, 0.999):
+        guided = guide(lambda x, _: torch.sin(x), noise, torch.tensor(tau), actions, weights, 5.0)
+        torch.testing.assert_close(guided, torch.sin(noise))

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,16 @@ from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from wallvla.configuration_wallvla import WallVLAConfig
-from wallvla.flow_matching_wallvla import action_from_velocity, euler_step, interpolate, time_grid
+from wallvla.flow_matching_wallvla import (
+    action_from_velocity,
+    euler_step,
+    identity_guidance,
+    interpolate,
+    prefix_guidance,
+    prefix_weights,
+    time_grid,
+    vjp_guidance,
+)
 from wallvla.modeling_wallvla import WallVLAForConditionalGeneration
 from wallvla.ops_wallvla import action_attention_mask, sinusoidal_embedding
 
@@ -466,6 +476,34 @@ def test_sampling_repeats_with_the_generator_and_hides_masked_elements():
     assert (chunks[0][~mask] == 0).all() and (chunks[0][mask] != 0).all()
     with pytest.raises(ValueError, match=r"\(2, 4, 4\).*\(2, 8, 4\)"):
         model.sample_actions(**batch, noise=torch.zeros(2, 4, 4))
+
+
+@pytest.mark.parametrize("guide", [identity_guidance, vjp_guidance])
+def test_guided_sampling_continues_the_old_chunk(guide):
+    """Ten steps of guidance bring the overlap closer to the old actions and leave unguided rows alone."""
+    model, batch = tiny_model(), tiny_batch()
+    noise = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(1))
+    target = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(2))
+    weights = prefix_weights(torch.tensor([3, 0]), torch.tensor([3, 0]), 8)  # only the first row is guided
+    free = model.sample_actions(**batch, noise=noise, num_inference_steps=10)
+    guidance = partial(guide, target=target, weights=weights, limit=10.0)
+    guided = model.sample_actions(**batch, noise=noise, num_inference_steps=10, guidance=guidance)
+    before, after = (largest(chunk[0, :3] - target[0, :3]) for chunk in (free, guided))
+    assert after < 0.3 * before
+    torch.testing.assert_close(guided[1], free[1], rtol=1e-4, atol=1e-5)
+
+
+def test_prefix_conditioned_sampling_keeps_the_prefix():
+    model, batch = tiny_model(), tiny_batch()
+    noise, target = torch.randn(2, 2, 8, 4, generator=torch.Generator().manual_seed(1))
+    weights = prefix_weights(torch.tensor([3, 0]), torch.tensor([5, 0]), 8)
+    free = model.sample_actions(**batch, noise=noise)
+    held = model.sample_actions(
+        **batch, noise=noise, guidance=partial(prefix_guidance, target=target, weights=weights)
+    )
+    torch.testing.assert_close(held[0, :3], target[0, :3], rtol=0, atol=0.01)  # sampling ends at tau = 0.999
+    assert largest(held[0, 3:] - free[0, 3:]) > 1e-3, "the other steps must see the prefix"
+    torch.testing.assert_close(held[1], free[1], rtol=1e-4, atol=1e-5)
 
 
 def test_misspelt_inputs_are_an_error():

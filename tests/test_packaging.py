@@ -30,10 +30,11 @@ MAY_IMPORT = {
     "action_space_wallvla": {"rotations_wallvla"},
     "flow_matching_wallvla": set(),
     "ops_wallvla": set(),
+    "grounding_wallvla": set(),
     "modeling_wallvla": MODEL - {"modeling_wallvla"},
     "action_codec_wallvla": set(),
     "baseline_codecs_wallvla": {"action_codec_wallvla"},
-    "processing_wallvla": {"action_space_wallvla", "baseline_codecs_wallvla"},
+    "processing_wallvla": {"action_space_wallvla", "baseline_codecs_wallvla", "grounding_wallvla"},
     "data": {"action_space_wallvla"},
     "conversion": {"configuration_wallvla", "action_space_wallvla", "modeling_wallvla", "processing_wallvla"},
     "trainers": MODEL | {"action_space_wallvla", "action_codec_wallvla", "data"},
@@ -43,7 +44,17 @@ MAY_IMPORT = {
     "kernels": set(),
     "spaces": set(),
 }
-MAY_IMPORT_ALL = {"__init__", "cli", "quickstart", "benchmarks", "examples", "docs", "tests"}
+MAY_IMPORT_ALL = {
+    "__init__",
+    "cli",
+    "grounding_report",
+    "publish",
+    "quickstart",
+    "benchmarks",
+    "examples",
+    "docs",
+    "tests",
+}
 # What remote code may need without a guard: transformers itself brings all of it but torch and Pillow
 FLAT_REQUIREMENTS = {"huggingface_hub", "numpy", "PIL", "safetensors", "tokenizers", "torch", "transformers"}
 

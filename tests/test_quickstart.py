@@ -117,7 +117,7 @@ def test_unknown_commands_and_options(capsys, tmp_path):
     config = tmp_path / "options.yaml"
     config.write_text("episode: 3\n")
     assert "['episode']" in fails(capsys, "eval", "--config", str(config))
-    assert "only metaworld/TASK" in fails(capsys, "eval", "somewhere", "--env", "libero/1")
+    assert "Unknown environment" in fails(capsys, "eval", "somewhere", "--env", "libero/1")
     assert "nowhere" in fails(capsys, "stats", str(tmp_path / "nowhere"))
 
 
@@ -162,6 +162,12 @@ def test_train_from_the_example_file(run, tmp_path, capsys):
     assert set(processor["embodiments"]) == {EMBODIMENT, "second_robot"}
     assert processor["embodiments"]["second_robot"]["statistics"]["action"]["q99"]
     assert (output / "model.safetensors").exists() and (output / "modeling_wallvla.py").exists()
+
+
+def test_open_loop_of_a_dataset(run, tmp_path, capsys):
+    folder, _ = run
+    arguments = f"open-loop {folder / 'hub'} --dataset {folder / 'dataset'} --every 40 --output {tmp_path} --episodes"
+    assert "got 1 demonstrations" in fails(capsys, *arguments.split(), "0")
 
 
 def test_eval_writes_results(run, tmp_path, capsys):
