@@ -26,6 +26,7 @@ ROWS, ROBOTS = 155_765, 56
 
 
 def published_config() -> dict:
+    """Fields of the published `config.json` that the converter reads."""
     return {
         "model_type": "qwen2_5_vl",
         "hidden_size": 2048,
@@ -126,6 +127,7 @@ def equal(first: Path, second: Path) -> bool:
 
 
 def main() -> None:
+    """Writes the synthetic checkpoint, measures, prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, help="folder that does not exist yet")
     parser.add_argument("--max-shard-size", default="4GB")

@@ -10,6 +10,7 @@ from wallvla.evaluation.statistics import planted_study, trials_to_tell_apart
 
 
 def main() -> None:
+    """Prints the rates of the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=500)
     parser.add_argument("--tasks", type=int, default=3)

@@ -175,6 +175,7 @@ async def misbehave(port: int, pool, stop: asyncio.Event) -> None:
 
 
 async def run_among_bad_clients(port: int, clients: int, requests: int, pool) -> dict:
+    """`run_phase` while other clients are slow, silent or half open."""
     stop = asyncio.Event()
     bad = asyncio.ensure_future(misbehave(port, pool, stop))
     result = await run_phase(port, clients, requests, pool)
@@ -233,6 +234,7 @@ def crash(path: str, port: int, folder: Path, pool) -> dict:
 
 
 def main() -> None:
+    """Runs all phases and writes their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path")
     parser.add_argument("--requests", type=int, nargs=3, default=[500, 2000, 10000], help="of 1, 8 and 32 clients")

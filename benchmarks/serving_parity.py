@@ -61,11 +61,13 @@ class StockClientPolicy:
 
 
 def rate(outcomes: list[bool]) -> dict:
+    """Success rate with its 95% interval."""
     low, high = wilson_interval(sum(outcomes), len(outcomes))
     return {"successes": sum(outcomes), "episodes": len(outcomes), "low": round(low, 3), "high": round(high, 3)}
 
 
 def main() -> None:
+    """Runs both arms and writes their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path")
     parser.add_argument("--stock-python", required=True, help="Python of the environment with openpi-client")

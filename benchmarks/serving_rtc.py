@@ -109,6 +109,7 @@ def summarize(episodes: list[dict], step_ms: float) -> dict:
 
 
 def main() -> None:
+    """Runs every cell of the table and writes the figures."""
     parser = argparse.ArgumentParser()
     parser.add_argument("path")
     parser.add_argument("--tasks", nargs="+", default=["button-press-topdown-v3", "window-close-v3", "drawer-open-v3"])

@@ -13,6 +13,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 
 def main() -> None:
+    """Answers the requests of `serving_parity.py` through the stock client."""
     client = WebsocketClientPolicy(host="127.0.0.1", port=int(sys.argv[1]))
     while head := sys.stdin.buffer.read(4):
         observation = msgpack_numpy.unpackb(sys.stdin.buffer.read(int.from_bytes(head, "little")))

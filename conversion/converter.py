@@ -477,6 +477,7 @@ def in_folder(folder: Path, output: Path, work: Callable, show_progress: bool) -
 
 
 def check_space(folder: Path, needed: int) -> None:
+    """Raises ValueError if the file system of `folder` cannot hold `needed` bytes, less what is there already."""
     present = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     free = shutil.disk_usage(folder).free
     if needed - present > free:

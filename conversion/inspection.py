@@ -40,6 +40,7 @@ def table_names(folder: Path, keys: list[str], kind: str) -> list[str]:
 
 
 def robot_lines(values: dict) -> dict:
+    """What `wallvla inspect` says of one robot, from its JSON form."""
     robot = Embodiment.from_dict(values)
     found = robot.statistics or {}
     return {

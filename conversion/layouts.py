@@ -83,6 +83,7 @@ def find_wall_layout(tensors: dict[str, TensorInfo], config: WallVLAConfig) -> W
 
 
 def whole(key: str, target: str, shape: tuple[int, ...]) -> Entry:
+    """A published tensor that is one parameter of ours."""
     return Entry(key, shape, (Piece(target, 0, shape),))
 
 

@@ -339,6 +339,7 @@ def count_action_tokens(tokenizer: Qwen2Tokenizer) -> int:
 
 
 def load_image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
+    """The source's image processor, or the published limits where it has none."""
     if (folder / "preprocessor_config.json").exists():
         return Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
     # Upstream's limits
@@ -459,6 +460,7 @@ def layout_of(dof: dict | None, width: int) -> list[list]:
 
 
 def table_statistics(columns: dict[str, torch.Tensor], channels: np.ndarray) -> dict[str, list[float]]:
+    """Statistics of `channels` from a normaliser table of minima and ranges (q01 and q99 - q01)."""
     low, delta = columns["min"].double().numpy(), columns["delta"].double().numpy()
     if len(channels) and channels[-1] >= len(low):
         raise ValueError(

@@ -137,6 +137,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def checksum(tensor: torch.Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
     return zlib.crc32(tensor_bytes(tensor))
 
 

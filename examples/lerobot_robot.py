@@ -22,6 +22,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 
 def main() -> None:
+    """Connects arm and server and runs until interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", default="ws://127.0.0.1:8000")
     parser.add_argument("--token-file", type=Path)

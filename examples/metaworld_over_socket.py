@@ -49,6 +49,7 @@ def play(env: MetaWorldEnv, client: PolicyClient, options: argparse.Namespace, s
 
 
 def main() -> None:
+    """Plays episodes through a policy server and prints the successes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", default="ws://127.0.0.1:8000")
     parser.add_argument("--token")
