@@ -487,56 +487,6 @@ def _open_loop(arguments: list[str]) -> None:
     print(f"wrote {output / 'report.json'}, report.png, chunks.png")
 
 
-def _eval(arguments: list[str]) -> None:
-    from .evaluation.closed_loop import closed_loop_spec, evaluate, format_summary
-    from .evaluation.metaworld import CONTROL_FREQUENCY
-
-    parser = _finish(argparse.ArgumentParser(), "eval")
-    parser.add_argument("path", help="checkpoint folder or Hub id")
-    parser.add_argument("--env", nargs="+", required=True, help="metaworld/TASK, one or more")
-    parser.add_argument("--embodiment", default="metaworld_sawyer", help="robot of the checkpoint")
-    parser.add_argument("--episodes", type=int, default=50, help="episodes of each task")
-    parser.add_argument("--execute-steps", type=int, default=4, help="actions of a chunk before the next observation")
-    parser.add_argument(
-        "--max-steps", type=int, default=200, help=f"steps of an episode, {CONTROL_FREQUENCY} a second"
-    )
-    parser.add_argument("--image-size", type=int, default=64, help="pixels of a camera image")
-    parser.add_argument("--num-inference-steps", type=int, help="Euler steps; default: the checkpoint's own")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--num-processes", type=int, default=2)
-    parser.add_argument("--baselines", action="store_true", help="also the scripted expert and a random policy")
-    parser.add_argument("--videos", type=int, default=0, help="videos of each task")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the checkpoint's own code instead of the installed one"
-    )
-    parser.add_argument("--output", help="folder of the results; default: runs/eval-NAME")
-    options = parser.parse_args(_read_config(parser, arguments))
-    tasks = []
-    for name in options.env:
-        family, _, task = name.partition("/")
-        if family != "metaworld" or not task:
-            parser.error(f"--env {name}: only metaworld/TASK is known, for instance metaworld/reach-v3")
-        tasks.append(task)
-    path = str(Path(options.path).resolve()) if Path(options.path).is_dir() else options.path
-    checkpoint = {"kind": "hub", "path": path, "embodiment": options.embodiment, "device": options.device}
-    policies = {"policy": {**checkpoint, "num_inference_steps": options.num_inference_steps}}
-    if options.baselines:
-        policies |= {"scripted expert": {"kind": "expert"}, "random policy": {"kind": "random"}}
-    spec = closed_loop_spec(
-        policies,
-        tasks,
-        options.episodes,
-        image_size=options.image_size,
-        execute_steps=options.execute_steps,
-        max_steps=options.max_steps,
-        videos_per_task=options.videos,
-        trust_remote_code=options.trust_remote_code,
-    )
-    output = Path(options.output or f"runs/eval-{Path(path).name}")
-    print(format_summary(evaluate(spec, output, options.num_processes)["summary"]))
-    print(f"wrote {output / 'results.json'}")
-
-
 def _eval_grounding(arguments: list[str]) -> None:
     from .grounding_report import SIMULATOR, GroundingOptions, evaluate_checkpoints, format_results
     from .quickstart import DEFAULT_TASKS

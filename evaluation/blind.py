@@ -34,7 +34,8 @@ import numpy as np
 from .journal import Journal, JournalError, read_journal
 from .policy import Policy
 from .rubric import Rubric, find_rubric, load_rubrics, read_rubrics
-from .statistics import bootstrap_mean, compare_unpaired, holm, wilson_interval
+from .statistics import compare_unpaired, holm
+from .trials import summarize_group
 
 
 ALIAS_LETTERS = "BCDFGHJKLMNPQRSTVWXZ23456789"  # no vowels: aliases shall not look like words
@@ -531,8 +532,8 @@ def reveal(folder: Path | str) -> dict:
     for model in sorted(set(aliases.values())):
         own = [trial for trial in trials if trial["model"] == model]
         tasks = list(dict.fromkeys(trial["task"] for trial in own))
-        summary[model] = {task: _summarize([trial for trial in own if trial["task"] == task]) for task in tasks}
-        summary[model]["all"] = _summarize(own)
+        summary[model] = {task: summarize_group([trial for trial in own if trial["task"] == task]) for task in tasks}
+        summary[model]["all"] = summarize_group(own)
     return {
         "trials": trials,
         "summary": summary,
@@ -550,23 +551,6 @@ def _read_sealed(folder: Path) -> dict[str, str]:
             f"{folder / SEALED_FILE} is not the key that this study was begun with: restore it, or the study is void."
         )
     return json.loads(text)["aliases"]
-
-
-def _summarize(trials: Sequence[Mapping]) -> dict:
-    successes = sum(trial["success"] for trial in trials)
-    low, high = wilson_interval(successes, len(trials))
-    values = [trial["progress"] for trial in trials]
-    progress_low, progress_high = bootstrap_mean(values)
-    return {
-        "trials": len(trials),
-        "successes": successes,
-        "rate": successes / len(trials),
-        "low": low,
-        "high": high,
-        "progress": sum(values) / len(values),
-        "progress_low": progress_low,
-        "progress_high": progress_high,
-    }
 
 
 def _compare_all(summary: Mapping[str, Mapping]) -> list[dict]:

@@ -125,14 +125,15 @@ def summarize_trials(trials: Sequence[Mapping]) -> dict[str, dict[str, dict]]:
         groups.setdefault(trial["policy"], {}).setdefault(trial["task"], []).append(trial)
     summary = {}
     for policy, tasks in groups.items():
-        entries = {task: _summarize(group) for task, group in tasks.items()}
-        total = _summarize([trial for group in tasks.values() for trial in group])
+        entries = {task: summarize_group(group) for task, group in tasks.items()}
+        total = summarize_group([trial for group in tasks.values() for trial in group])
         total["progress"] = sum(entry["progress"] for entry in entries.values()) / len(entries)
         summary[policy] = {**entries, "all": total}
     return summary
 
 
-def _summarize(group: Sequence[Mapping]) -> dict:
+def summarize_group(group: Sequence[Mapping]) -> dict:
+    """Rate and mean progress of some trials, each with a 95% interval; one entry of a summary."""
     successes = sum(trial["success"] for trial in group)
     low, high = wilson_interval(successes, len(group))
     values = [trial["progress"] for trial in group]
