@@ -1,7 +1,7 @@
 """The vision-aligned RVQ action tokenizer (Wall-OSS-0.5, section 2.1.2): action chunks to discrete tokens and back.
 
-    encoder     a latent is a linear image of its segment of the chunk, plus what its learned query finds by
-                cross-attention to all steps, the robot's state and its embodiment
+    encoder     latents are a linear image of the chunk, plus what their learned queries find by cross-attention to all
+                steps, the robot's state and its embodiment
     quantiser   each latent becomes a sum of codes, one per level: coarse motion first, corrections after it
     decoder     the linear image back, plus what one query per step, for any number of steps, finds by
                 cross-attention to the quantised latents and the state
@@ -11,8 +11,9 @@ The corrections start at zero: an untrained codec is a product quantiser of the 
 Chunks are the processor's normalised actions: displacements in the robot's reference frame, within [-1, 1]. The
 quantiser is our own, because code that the Hub ships beside weights must load without further packages.
 
-Shapes: B samples, H action steps, D action channels, S state channels, T latent steps, R grid steps of a latent's
-segment, L levels, K codes of a level, C width of a code, W width of the networks, F width of the vision features.
+Shapes: B samples, H action steps, D action channels, S state channels, T latent steps, R grid steps per latent,
+M = T * R * D numbers of a chunk on the grid, L levels, K codes of a level, C width of a code, W width of the networks,
+F width of the vision features.
 """
 
 import hashlib
@@ -95,6 +96,11 @@ class WallVLAActionCodecConfig(PreTrainedConfig):
     level_dropout: float = 0.5
     initializer_range: float = 0.02
 
+    @property
+    def grid_width(self) -> int:
+        """M: numbers of a chunk on the grid of the linear path."""
+        return self.latent_steps * self.steps_per_latent * self.action_dim
+
     def __post_init__(self, **kwargs):
         kwargs.setdefault(
             "auto_map",
@@ -173,6 +179,30 @@ def hold_padding(actions: Tensor, step_mask: Tensor) -> Tensor:
     index = torch.arange(actions.shape[1], device=actions.device)
     held = torch.where(step_mask, index, 0).cummax(dim=1).values  # (B, H)
     return actions.gather(1, held[..., None].expand_as(actions))
+
+
+def principal_map(motions: Tensor, config: WallVLAActionCodecConfig) -> Tensor:
+    """Principal components of motions (N, M) as rows of a linear path (T * C, M), C of them for each latent.
+
+    They are dealt to the latents so that the products of their variances are alike, because codes that are equally
+    many then round equally well everywhere (Ge et al., "Optimized product quantization", section 3.2).
+    """
+    # Not centred: the linear path has no bias, so the mean motion is a component like others
+    variances, components = torch.linalg.eigh(motions.double().T @ motions.double() / len(motions))  # ascending
+    kept = variances[-config.latent_steps * config.code_dim :]
+    kept = kept[kept > 1e-9 * kept[-1]]
+    # Of the smallest kept variance, so that each component makes a volume larger
+    sizes = (kept / kept[0]).log().tolist()
+    latents, volumes = [[] for _ in range(config.latent_steps)], [0.0] * config.latent_steps
+    for rank in range(len(kept)):
+        free = [at for at in range(config.latent_steps) if len(latents[at]) < config.code_dim]
+        at = min(free, key=lambda at: (volumes[at], len(latents[at])))
+        latents[at].append(len(variances) - 1 - rank)
+        volumes[at] += sizes[len(kept) - 1 - rank]
+    linear = motions.new_zeros(config.latent_steps, config.code_dim, config.grid_width)
+    for at, indices in enumerate(latents):
+        linear[at, : len(indices)] = components[:, indices].T.to(linear.dtype)
+    return linear.flatten(0, 1)
 
 
 class CrossAttention(nn.Module):
@@ -329,13 +359,13 @@ class WallVLAActionCodec(PreTrainedModel):
         self.queries_in = nn.Embedding(config.latent_steps, width)
         self.encoder = nn.ModuleList(CodecLayer(config) for _ in range(config.num_layers))
         self.encoder_norm = nn.LayerNorm(width)
-        self.segment_in = nn.Linear(config.steps_per_latent * config.action_dim, config.code_dim, bias=False)
+        self.motion_in = nn.Linear(config.grid_width, config.latent_steps * config.code_dim, bias=False)
         self.code_out = nn.Linear(width, config.code_dim)
         self.quantizer = ResidualQuantizer(config)
         self.code_in = nn.Linear(config.code_dim, width)
         self.decoder = nn.ModuleList(CodecLayer(config) for _ in range(config.num_layers))
         self.decoder_norm = nn.LayerNorm(width)
-        self.segment_out = nn.Linear(config.code_dim, config.steps_per_latent * config.action_dim, bias=False)
+        self.motion_out = nn.Linear(config.latent_steps * config.code_dim, config.grid_width, bias=False)
         self.action_out = nn.Linear(width, config.action_dim)
         if features:
             latents = config.latent_steps * config.code_dim
@@ -358,8 +388,10 @@ class WallVLAActionCodec(PreTrainedModel):
         elif isinstance(module, nn.Linear):  # 0.02 is right for widths of thousands; here it would shrink the signal
             init.xavier_uniform_(module.weight)
         if module is self:
-            init.orthogonal_(self.segment_in.weight)
-            init.copy_(self.segment_out.weight, self.segment_in.weight.T)
+            config = self.config
+            block = init.orthogonal_(torch.empty(config.code_dim, config.grid_width // config.latent_steps))
+            init.copy_(self.motion_in.weight, torch.block_diag(*[block] * config.latent_steps))
+            init.copy_(self.motion_out.weight, self.motion_in.weight.T)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         """Refuses a checkpoint that does not match: nothing is ever silently random."""
@@ -536,9 +568,13 @@ class WallVLAActionCodec(PreTrainedModel):
         latents = queries + condition
         for layer in self.encoder:
             latents = layer(latents, context, readable)
-        held = resample(hold_padding(actions, mask.any(dim=2)), config.latent_steps * config.steps_per_latent)
-        segments = held.unflatten(1, (config.latent_steps, -1)).flatten(2)  # (B, T, R * D)
-        return self.segment_in(segments) + self.code_out(self.encoder_norm(latents))
+        linear = self.motion_in(self._grid(actions, mask)).unflatten(1, (config.latent_steps, -1))
+        return linear + self.code_out(self.encoder_norm(latents))
+
+    def _grid(self, actions: Tensor, mask: Tensor) -> Tensor:
+        """Checked actions on the grid of the linear path, (B, M)."""
+        steps = self.config.latent_steps * self.config.steps_per_latent
+        return resample(hold_padding(actions, mask.any(dim=2)), steps).flatten(1)
 
     def _reconstruct(
         self, quantised: Tensor, state: Tensor, domain_ids: Tensor, channels: Tensor, horizon: int
@@ -552,8 +588,8 @@ class WallVLAActionCodec(PreTrainedModel):
         steps = condition + phase_embedding(horizon, config.hidden_size, memory.device)
         for layer in self.decoder:
             steps = layer(steps, context)
-        segments = self.segment_out(quantised).unflatten(2, (config.steps_per_latent, -1)).flatten(1, 2)
-        actions = resample(segments, horizon) + self.action_out(self.decoder_norm(steps))
+        linear = self.motion_out(quantised.flatten(1)).unflatten(1, (-1, config.action_dim))
+        actions = resample(linear, horizon) + self.action_out(self.decoder_norm(steps))
         return torch.where(channels[:, None], actions, 0.0)
 
     # ---- training -----------------------------------------------------------------------------------------------
@@ -568,9 +604,29 @@ class WallVLAActionCodec(PreTrainedModel):
         *,
         generator: torch.Generator,
     ) -> None:
-        """k-means over the latents of many chunks (inputs of `encode`), once before training; B * T is at least K."""
+        """Chooses the linear path and sets the codebooks from many chunks (inputs of `encode`), once before training.
+
+        Two isometries are tried, and the one after whose k-means codes less is lost stays: a latent for each segment
+        of time, which suits commands that jump, and principal components dealt out evenly, which suits smooth motion.
+
+        Raises:
+            ValueError: as `encode`; B * T, the number of latents, is less than K.
+        """
         inputs = self._checked(actions, state, action_mask, domain_ids)
+        maps = self.motion_in.weight.clone(), principal_map(self._grid(*inputs[:2]), self.config)
+        losses = [self._start(linear, inputs, generator) for linear in maps]
+        if losses[0] <= losses[1]:
+            self._start(maps[0], inputs, generator)
+
+    def _start(self, linear: Tensor, inputs: tuple, generator: torch.Generator) -> float:
+        """Sets the linear path (T * C, M) and its codebooks; returns the reconstruction loss of the checked inputs."""
+        self.motion_in.weight.copy_(linear)
+        self.motion_out.weight.copy_(linear.T)
         self.quantizer.initialise(self._latents(*inputs).flatten(0, 1), generator)
+        actions, mask, state, domain_ids = inputs
+        quantised = self.quantizer.decode(self.quantizer.encode(self._latents(*inputs)))[-1]
+        decoded = self._reconstruct(quantised, state, domain_ids, mask.any(dim=1), actions.shape[1])
+        return (decoded - actions)[mask].square().mean().item()
 
     def set_feature_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Mean and standard deviation (F,) of the vision features, by which `forward` standardises them."""

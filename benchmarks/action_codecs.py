@@ -1,12 +1,15 @@
 """What action codecs keep of motion, on held-out episodes: RVQ with and without each objective, FAST, binning.
 
     python benchmarks/action_codecs.py --datasets RUN/dataset MORE/dataset --vision RUN/hub --output runs/codecs
+    python benchmarks/action_codecs.py --datasets runs/se3/dataset --robot runs/se3/robot.json --output runs/codecs-se3
 
-Every fifth episode of each dataset is held out: nothing is fitted on it, statistics included. FAST gets the token rate
-of RVQ. Position errors are those of the executed displacement per step; a Meta-World robot has no rotation channel.
-jerk ratio: RMS of the second difference of the displacements, reconstruction over original; 1 is faithful.
+Every fifth episode of each dataset is held out: nothing is fitted on it, statistics included. FAST gets the token
+rate of RVQ. Errors are in the robot's own units: of the commanded displacement per step in Meta-World (which has no
+rotation), of the commanded pose with `--robot`. jerk ratio: RMS of the second difference of displacements or the third
+of positions, reconstruction over original; 1 is faithful.
 Linear probes: balanced accuracy of logistic regression on token counts, of the third of the episode (chance 33%) and
-of whether the gripper command changes within the chunk (chance 50%). Trained codecs are kept in `--output`.
+of whether the gripper command changes within the chunk (chance 50%). Trained codecs are kept in `--output`. Without
+`--vision` the two visual objectives, and the variants without one of them, are left out.
 """
 
 import argparse
@@ -26,11 +29,13 @@ from wallvla.data.action_chunks import ActionChunks
 from wallvla.data.lerobot import LeRobotDataset
 from wallvla.data.statistics import compute_statistics
 from wallvla.data.vision_features import cache_vision_features
+from wallvla.rotations_wallvla import matrix_to_axis_angle, rotation_to_matrix
 from wallvla.trainers.codec_trainer import CodecTrainer, CodecTrainingConfig, VisionEmbedder, codebook_use
 from wallvla.trainers.fine_tuning import native_embodiment
 
 
 MILLIMETRES = 10.0  # of set point per unit of a Meta-World action
+VISUAL = {"alignment_weight": 0.0, "next_frame_weight": 0.0}
 VARIANTS = {
     "RVQ full": {},
     "RVQ without alignment": {"alignment_weight": 0.0},
@@ -39,11 +44,11 @@ VARIANTS = {
 }
 
 
-def read(path: str, horizon: int, held_out: bool) -> LeRobotDataset:
+def read(path: str, horizon: int, held_out: bool, cameras: list[str]) -> LeRobotDataset:
     """Every fifth episode, or the others."""
     count = LeRobotDataset(path, embodiment="robot", cameras=[], action_horizon=horizon).num_episodes
     episodes = [index for index in range(count) if (index % 5 == 4) == held_out]
-    return LeRobotDataset(path, embodiment="robot", cameras=["front"], action_horizon=horizon, episodes=episodes)
+    return LeRobotDataset(path, embodiment="robot", cameras=cameras, action_horizon=horizon, episodes=episodes)
 
 
 def train_variant(name: str, overrides: dict, chunks: ActionChunks, width: int, options) -> WallVLAActionCodec:
@@ -59,7 +64,7 @@ def train_variant(name: str, overrides: dict, chunks: ActionChunks, width: int, 
                 latent_steps=options.latent_steps,
                 codebook_size=options.codebook_size,
                 feature_dim=width,
-                **overrides,
+                **(overrides if width else overrides | VISUAL),
             )
         )
         arguments = CodecTrainingConfig(
@@ -77,11 +82,16 @@ def train_variant(name: str, overrides: dict, chunks: ActionChunks, width: int, 
     return WallVLAActionCodec.from_pretrained(folder).eval()
 
 
-def all_chunks(chunks: ActionChunks) -> dict[str, torch.Tensor]:
-    """Every second full chunk, in one batch."""
-    batch = chunks.__getitems__(list(range(0, len(chunks), 2)))
-    full = batch["action_mask"].all(dim=1).any(dim=1)
-    return {name: values[full] for name, values in batch.items()} | {"index": torch.arange(0, len(chunks), 2)[full]}
+def all_chunks(chunks: ActionChunks, stride: int) -> dict[str, torch.Tensor]:
+    """Every `stride`-th full chunk, in one batch, with the robot's states (n, S) and the labels of the probes."""
+    index = torch.arange(0, len(chunks), stride)
+    batch = chunks.__getitems__(index.tolist()) | {"index": index}
+    full = batch["action_mask"].any(dim=2).all(dim=1)
+    batch = {name: values[full] for name, values in batch.items()}
+    states = np.concatenate([dataset.states[:] for dataset in chunks.datasets])
+    batch["robot_state"] = torch.from_numpy(states)[batch["index"]]
+    batch["third_of_episode"], batch["gripper_event"] = labels(chunks, batch)
+    return batch
 
 
 def labels(chunks: ActionChunks, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,8 +104,43 @@ def labels(chunks: ActionChunks, batch: dict) -> tuple[torch.Tensor, torch.Tenso
         offset += len(dataset)
     index = batch["index"].numpy()
     third = 3 * (index - np.array(starts)[index]) // np.array(lengths)[index]
-    gripper = batch["actions"][..., -1]
-    return torch.from_numpy(third), ((gripper.amax(1) - gripper.amin(1)) > 0.5).long()
+    gripper = batch["actions"][..., [9, 19] if chunks.action_dim == 26 else [-1]]
+    return torch.from_numpy(third), ((gripper.amax(1) - gripper.amin(1)) > 0.5).any(dim=1).long()
+
+
+def robot_parts(robot: Embodiment, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Robot actions (n, H, D) by kind: positions in millimetres, rotations as matrices, grippers; all arms."""
+    if robot.action_layout[0][0] == "native":
+        return {"position": values[..., :3] * MILLIMETRES, "gripper": values[..., 3:]}
+    parts, at = {"position": [], "rotation": [], "gripper": []}, 0
+    for name, width in robot.action_layout:
+        piece, at = values[..., at : at + width], at + width
+        kind = name.rsplit("_", 1)[1]
+        if kind == "rotation":
+            piece = rotation_to_matrix(piece, robot.rotation_format)[..., None, :, :]
+        parts[kind].append(1000 * piece if kind == "position" else piece)
+    return {kind: np.concatenate(pieces, -3 if kind == "rotation" else -1) for kind, pieces in parts.items()}
+
+
+def motion_errors(robot: Embodiment, decoded: np.ndarray, original: np.ndarray) -> dict:
+    """RMS errors of robot actions (n, H, D) in millimetres and degrees, and the jerk ratio."""
+    ours, theirs = robot_parts(robot, decoded), robot_parts(robot, original)
+
+    def rms(values: np.ndarray, axis=None) -> np.ndarray:
+        return np.sqrt(np.square(values).mean(axis=axis))
+
+    order = 2 if robot.action_layout[0][0] == "native" else 3  # of displacements, of positions
+    bends = [rms(np.diff(each["position"], n=order, axis=1)) for each in (ours, theirs)]
+    errors = {
+        "rmse_mm": rms(ours["position"] - theirs["position"], (0, 1)).round(4).tolist(),
+        "rmse_gripper": float(rms(ours["gripper"] - theirs["gripper"])),
+        "jerk_ratio": float(bends[0] / bends[1]),
+    }
+    if "rotation" in ours:
+        between = np.swapaxes(theirs["rotation"], -1, -2) @ ours["rotation"]
+        angles = np.linalg.norm(matrix_to_axis_angle(between), axis=-1)
+        errors["rmse_degrees"] = np.rad2deg(rms(angles, (0, 1))).round(4).tolist()
+    return errors
 
 
 def token_counts(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -133,11 +178,14 @@ def measure(codec, parts: dict, robot: Embodiment, options) -> dict:
     begun = time.perf_counter()
     ids = codec.encode(*inputs)
     encoded = time.perf_counter()
-    decoded = codec.decode(ids, test["state"], test["actions"].shape[1], None, test["domain_ids"])
+    used = test["action_mask"][0, 0]
+    decoded = codec.decode(ids, test["state"], test["actions"].shape[1], used, test["domain_ids"])
     ended = time.perf_counter()
-    robot_units = [robot.decode_actions(each.numpy().astype(np.float64), None) for each in (decoded, test["actions"])]
-    rmse = np.sqrt(np.square(robot_units[0] - robot_units[1]).mean(axis=(0, 1)))
-    bends = [np.sqrt(np.square(np.diff(each[..., :3], n=2, axis=1)).mean()) for each in robot_units]
+    channels, state = torch.from_numpy(robot.action_channels), test["robot_state"].numpy()
+    chunks = [each[..., channels].numpy().astype(np.float64) for each in (decoded, test["actions"])]
+    robot_units = [
+        np.stack([robot.decode_actions(*pair) for pair in zip(each, state, strict=True)]) for each in chunks
+    ]
     vocabulary = codec.vocabulary_size
     counts = torch.bincount(ids[ids >= 0], minlength=vocabulary).view(codec.num_levels, -1)
     use = codebook_use(counts)
@@ -152,9 +200,7 @@ def measure(codec, parts: dict, robot: Embodiment, options) -> dict:
         "tokens_per_chunk": tokens,
         "tokens_per_s": tokens * robot.control_frequency / robot.action_horizon,
         "bits_per_s": tokens * robot.control_frequency / robot.action_horizon * np.log2(vocabulary / codec.num_levels),
-        "rmse_mm": [float(each) * MILLIMETRES for each in rmse[:3]],
-        "rmse_gripper": float(rmse[3]),
-        "jerk_ratio": float(bends[0] / bends[1]),
+        **motion_errors(robot, *robot_units),
         "usage": [round(share, 3) for share, _ in use],
         "perplexity": [round(perplexity, 1) for _, perplexity in use],
         **accuracy,
@@ -166,25 +212,26 @@ def measure(codec, parts: dict, robot: Embodiment, options) -> dict:
 def level_curve(codec: WallVLAActionCodec, test: dict) -> list[float]:
     """RMS error of normalised actions from 1, 2, ... levels."""
     ids = codec.encode(test["actions"], test["state"], test["action_mask"], test["domain_ids"])
-    errors = []
+    errors, mask = [], test["action_mask"]
     for level in range(1, codec.num_levels + 1):
         prefix = ids[:, : level * codec.config.latent_steps]
-        decoded = codec.decode(prefix, test["state"], test["actions"].shape[1], None, test["domain_ids"])
-        errors.append((decoded - test["actions"]).square().mean().sqrt().item())
+        decoded = codec.decode(prefix, test["state"], test["actions"].shape[1], mask[0, 0], test["domain_ids"])
+        errors.append((decoded - test["actions"])[mask].square().mean().sqrt().item())
     return errors
 
 
 def print_table(results: dict) -> None:
     """The table of docs/action_codec.md."""
     print(
-        "| codec | tokens/s | bits/s | x / y / z, mm | gripper | jerk ratio | codes in use | phase | gripper event |"
+        "| codec | tokens/s | bits/s | position, mm | rotation, degrees | gripper | jerk ratio | codes in use ", end=""
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| phase | gripper event |\n|---|---|---|---|---|---|---|---|---|---|")
     for name, row in results.items():
         position = " / ".join(f"{each:.2f}" for each in row["rmse_mm"])
+        rotation = " / ".join(f"{each:.2f}" for each in row.get("rmse_degrees", [])) or "-"
         usage = " / ".join(f"{each:.0%}" for each in row["usage"])
         rates = f"{row['tokens_per_s']:.0f} | {row['bits_per_s']:.0f}"
-        errors = f"{position} | {row['rmse_gripper']:.3f} | {row['jerk_ratio']:.2f}"
+        errors = f"{position} | {rotation} | {row['rmse_gripper']:.3f} | {row['jerk_ratio']:.2f}"
         probes = f"{row['third_of_episode']:.0%} | {row['gripper_event']:.0%}"
         print(f"| {name} | {rates} | {errors} | {usage} | {probes} |")
     print("\n| codec | perplexity by level | encode, chunks/s | decode, chunks/s |\n|---|---|---|---|")
@@ -196,42 +243,51 @@ def print_table(results: dict) -> None:
 def main() -> None:
     """Prints tables and writes `results.json` in `--output`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--datasets", nargs="+", required=True, help="LeRobot folders of Meta-World demonstrations")
-    parser.add_argument("--vision", required=True, help="checkpoint whose vision features align the tokens")
+    parser.add_argument("--datasets", nargs="+", required=True, help="LeRobot folders of one robot's demonstrations")
+    parser.add_argument("--robot", help="JSON of the robot; without it its vectors are used as they are (Meta-World)")
+    parser.add_argument("--vision", help="checkpoint whose vision features align the tokens")
     parser.add_argument("--output", default="runs/codecs")
-    parser.add_argument("--action-horizon", type=int, default=16)
+    parser.add_argument("--action-horizon", type=int, default=16, help="without --robot")
     parser.add_argument("--latent-steps", type=int, default=4)
-    parser.add_argument("--codebook-size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--codebook-size", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--stride", type=int, default=2, help="only every n-th chunk is measured")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     register_auto_classes()
+    robot = None if options.robot is None else Embodiment.from_dict(json.loads(Path(options.robot).read_text()))
+    horizon = options.action_horizon if robot is None else robot.action_horizon
+    cameras = ["front"] if options.vision else []
     sources = {
-        part: [read(path, options.action_horizon, part == "test") for path in options.datasets]
-        for part in ("train", "test")
+        part: [read(path, horizon, part == "test", cameras) for path in options.datasets] for part in ("train", "test")
     }
-    robot = native_embodiment(sources["train"][0], options.action_horizon)
+    if robot is None:
+        robot = native_embodiment(read(options.datasets[0], horizon, False, ["front"]), horizon)
+        sizes = len(robot.action_channels), len(robot.state_channels)
+    else:
+        sizes = 26, 26
     robot = Embodiment.from_dict(robot.to_dict() | {"statistics": compute_statistics(sources["train"], robot)})
-    embedder = VisionEmbedder(options.vision)
-    name, folder = embedder.fingerprint(), Path(options.output) / "vision"
-    features = [cache_vision_features(dataset, embedder, name, folder) for dataset in sources["train"]]
-    sizes = len(robot.action_channels), len(robot.state_channels)
+    features = None
+    if options.vision:
+        embedder = VisionEmbedder(options.vision)
+        name, folder = embedder.fingerprint(), Path(options.output) / "vision"
+        features = [cache_vision_features(dataset, embedder, name, folder) for dataset in sources["train"]]
     training = ActionChunks(sources["train"], robot, *sizes, features)
-    parts = {}
-    for part, datasets in sources.items():
-        chunks = ActionChunks(datasets, robot, *sizes)
-        parts[part] = all_chunks(chunks)
-        parts[part]["third_of_episode"], parts[part]["gripper_event"] = labels(chunks, parts[part])
+    parts = {
+        part: all_chunks(ActionChunks(datasets, robot, *sizes), options.stride) for part, datasets in sources.items()
+    }
     counts = {part: (len(parts[part]["index"]), int(parts[part]["gripper_event"].sum())) for part in parts}
     print(f"chunks, with gripper event: {counts}")
+    width = 0 if features is None else features[0].shape[1]
     codecs = {
-        name: train_variant(name, overrides, training, features[0].shape[1], options)
+        name: train_variant(name, overrides, training, width, options)
         for name, overrides in VARIANTS.items()
+        if width or not set(overrides) & set(VISUAL)
     }
     full, train = codecs["RVQ full"], parts["train"]
-    rate = full.tokens_per_chunk(options.action_horizon, sizes[0])
+    rate = full.tokens_per_chunk(horizon, sizes[0])
     codecs["FAST, same token rate"] = FASTActionCodec.fit_to_rate(train["actions"], train["action_mask"], rate)
     codecs["binning, 256 bins"] = BinningActionCodec(sizes[0])
     results = {name: measure(codec, parts, robot, options) for name, codec in codecs.items()}

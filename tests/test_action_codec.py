@@ -22,6 +22,7 @@ from wallvla.action_codec_wallvla import (
     WallVLAActionCodecConfig,
     dct_matrix,
     hold_padding,
+    principal_map,
     resample,
 )
 from wallvla.action_space_wallvla import Embodiment
@@ -71,11 +72,11 @@ def smooth(size: int, steps: int, channels: int, seed: int = 0) -> torch.Tensor:
 class Motion:
     """What `ActionChunks` reads of a LeRobot dataset, from memory: episodes of 20 frames."""
 
-    def __init__(self, episodes: int = 12, horizon: int = 8, seed: int = 0):
+    def __init__(self, episodes: int = 12, horizon: int = 8, seed: int = 0, gain: float = 1.0):
         self.action_horizon, self.root, self.fps = horizon, Path("motion"), 80
         generator = np.random.default_rng(seed)
         self.states = generator.uniform(-1, 1, (episodes * 20, 4)).astype(np.float32)
-        self.actions = smooth(episodes, 20, 4, seed).reshape(-1, 4).numpy()
+        self.actions = (gain * smooth(episodes, 20, 4, seed)).clamp(-1, 1).reshape(-1, 4).numpy()
         self.episode_bounds = np.stack([np.arange(episodes) * 20, np.arange(1, episodes + 1) * 20], axis=1)
         self.episode_ids, self.timestamps = np.arange(episodes), np.arange(episodes * 20) / 80
         self.camera_keys = ["front"]
@@ -196,10 +197,38 @@ def test_an_untrained_codec_is_a_product_quantiser():
     codec = small_codec(corrections=0.0)
     actions = smooth(20, 8, 4, seed=3)
     latents = codec._latents(*codec._checked(actions, None, None, None))
-    torch.testing.assert_close(latents, codec.segment_in(actions.view(20, 2, 16)))
+    torch.testing.assert_close(latents.square().sum((1, 2)), actions.square().sum((1, 2)))
     decoded = codec.decode(codec.encode(actions), None, 8)
     rounding = codec.quantizer.decode(codec.quantizer.encode(latents))[-1] - latents
-    torch.testing.assert_close((decoded - actions).square().sum(), rounding.square().sum())
+    back = codec.motion_in.weight.T @ rounding.flatten(1).T
+    torch.testing.assert_close((decoded - actions).flatten(1), back.T)
+
+
+def test_the_linear_path_suits_the_motion():
+    """Jumps stay with the latent of their segment; smooth motion is spread over the latents by its components."""
+    jumps = (
+        torch.where(torch.rand(256, 2, 1, 4, generator=rng(0)) < 0.5, -1.0, 1.0).expand(-1, -1, 4, -1).flatten(1, 2)
+    )
+    lines = torch.randn(256, 1, 4, generator=rng(0)) * torch.linspace(0, 1, 8)[:, None]
+    segments = []
+    for actions in (jumps, lines):
+        codec = WallVLAActionCodec(small_config())
+        codec.initialise_codebooks(actions, generator=rng(0))
+        far = codec.motion_in.weight.view(2, 16, 2, 16)[[0, 1], :, [1, 0]]  # from the other latent's segment
+        segments.append(far.abs().max().item() == 0)
+    assert segments == [True, False]
+
+
+def test_principal_components_are_dealt_out_evenly():
+    config = small_config(code_dim=4, steps_per_latent=2, action_dim=3, latent_steps=2)  # M = 12, 8 components kept
+    variances = 0.1 * torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0625, 1e-3, 1e-3, 1e-3, 1e-3])
+    turn, _ = torch.linalg.qr(torch.randn(12, 12, generator=rng(0)))
+    motions = torch.randn(20000, 12, generator=rng(1)) * variances.sqrt() @ turn.T
+    linear = principal_map(motions, config)
+    torch.testing.assert_close(linear @ linear.T, torch.eye(8), atol=1e-5, rtol=0)
+    found = (linear @ turn * variances.sqrt()).square().sum(dim=1).view(2, 4)  # variance along each row
+    torch.testing.assert_close(found.flatten().sort(descending=True).values, variances[:8], rtol=0.1, atol=0)
+    assert found.log().sum(dim=1).diff().abs() < math.log(2.5)
 
 
 @pytest.mark.parametrize("horizon", [8, 13, 32, 64])
@@ -433,8 +462,10 @@ def test_every_objective_reaches_the_encoder(alignment):
         assert gradient.abs().sum() > 0, name
 
 
-def train(folder, features: bool = True, codec: WallVLAActionCodecConfig | None = None, **options) -> CodecTrainer:
-    datasets = [Motion(), Motion(seed=1)]
+def train(
+    folder, features: bool = True, codec: WallVLAActionCodecConfig | None = None, gain: float = 1.0, **options
+) -> CodecTrainer:
+    datasets = [Motion(gain=gain), Motion(seed=1, gain=gain)]
     chunks = ActionChunks(datasets, robot(), 4, 4, [np.hstack([d.states, d.states[:, :2]]) for d in datasets])
     if not features:
         chunks = ActionChunks(datasets, robot(), 4, 4)
@@ -459,10 +490,10 @@ def train(folder, features: bool = True, codec: WallVLAActionCodecConfig | None 
 def test_training_learns_and_logs_every_loss(tmp_path):
     trainer = train(tmp_path)
     log = [entry for entry in trainer.state.log_history if "reconstruction_loss" in entry]
-    for name in ("loss", "alignment_loss", "next_frame_loss"):
-        assert log[-1][name] < 0.9 * log[0][name], name
-    for name in ("reconstruction_loss", "dct_loss"):  # at the start all codes serve them, then they share
-        assert log[-1][name] < 1.3 * log[0][name], name
+    for name, share in (("loss", 1.0), ("alignment_loss", 0.9), ("next_frame_loss", 0.9)):
+        assert log[-1][name] < share * log[0][name], name
+    # At the start the codes serve the reconstruction alone; then they also say what is seen
+    assert log[-1]["dct_loss"] < 3 * log[0]["dct_loss"]
     assert log[-1]["usage_0"] > 0.5 and 1 < log[-1]["perplexity_2"] <= 16
     codec = trainer.model.eval()
     chunks = trainer.train_dataset.__getitems__(list(range(0, 200)))
@@ -472,16 +503,17 @@ def test_training_learns_and_logs_every_loss(tmp_path):
         error = (codec.decode(ids[:, :count], chunks["state"], 8) - chunks["actions"]) * chunks["action_mask"]
         errors.append(error.square().mean().item())
     assert errors[2] < errors[0] and errors[1] < errors[0]
-    assert errors[2] < 0.6 * (chunks["actions"] * chunks["action_mask"]).square().mean()
+    assert errors[2] < 0.1 * (chunks["actions"] * chunks["action_mask"]).square().mean()
     again = train(tmp_path)
     assert again.model.fingerprint() == codec.fingerprint()
 
 
 def test_training_improves_on_the_product_quantiser(tmp_path):
     config = small_config(feature_dim=0, alignment_weight=0.0, next_frame_weight=0.0, level_dropout=0.0)
-    log = train(tmp_path, features=False, codec=config, max_steps=400).state.log_history
+    # Commands that saturate: the linear path alone cannot follow their corners
+    log = train(tmp_path, features=False, codec=config, gain=4.0, max_steps=400).state.log_history
     losses = [entry["reconstruction_loss"] for entry in log if "reconstruction_loss" in entry]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_a_codec_of_many_lengths(tmp_path):
