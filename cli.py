@@ -156,6 +156,7 @@ def _sample(arguments: list[str]) -> None:
 def _stats(arguments: list[str]) -> None:
     from .action_space_wallvla import Embodiment
     from .data.lerobot import LeRobotDataset
+    from .data.recipe import ActionEntry, open_entry
     from .data.statistics import compute_statistics
     from .trainers.fine_tuning import native_embodiment
 
@@ -166,14 +167,28 @@ def _stats(arguments: list[str]) -> None:
     )
     parser.add_argument("--embodiment-file", help="JSON of the robot; default: its vectors as they are (native)")
     parser.add_argument("--action-horizon", type=int, default=32, help="steps of a chunk, without --embodiment-file")
+    parser.add_argument("--clean", help="what `wallvla data clean` wrote for the dataset")
+    parser.add_argument("--resample", action="store_true", help="steps at the robot's control_frequency")
+    _add_source_options(parser, on_error="raise")
     parser.add_argument("--output", help="JSON file to write; default: print the statistics")
     options = parser.parse_args(_read_config(parser, arguments))
-    embodiment, horizon = None, options.action_horizon
     if options.embodiment_file:
         embodiment = Embodiment.from_dict(json.loads(Path(options.embodiment_file).read_text()))
-        horizon = embodiment.action_horizon
-    dataset = LeRobotDataset(options.dataset, embodiment="robot", action_horizon=horizon)
-    embodiment = embodiment or native_embodiment(dataset, horizon)
+    else:
+        dataset = LeRobotDataset(
+            options.dataset, embodiment="robot", action_horizon=options.action_horizon, **_source_options(options)
+        )
+        embodiment = native_embodiment(dataset, options.action_horizon)
+    entry = ActionEntry(
+        options.dataset,
+        "robot",
+        clean=options.clean,
+        convert=options.convert,
+        state_key=options.state_key,
+        action_key=None if options.action_key == "none" else options.action_key,
+        resample=options.resample,
+    )
+    dataset = open_entry(entry, embodiment, skip_errors=options.on_error == "skip")
     cache = None if options.cache == "none" else Path(options.cache).expanduser()
     values = embodiment.to_dict() | {"statistics": compute_statistics(dataset, embodiment, cache=cache)}
     if options.output is None:
@@ -181,6 +196,31 @@ def _stats(arguments: list[str]) -> None:
         return
     Path(options.output).write_text(json.dumps(values, indent=2) + "\n")
     print(f"wrote {options.output}")
+
+
+def _add_source_options(parser: argparse.ArgumentParser, on_error: str) -> None:
+    """Options of every command that reads a LeRobot dataset: which features, in whose form."""
+    parser.add_argument("--state-key", default="observation.state", help="feature with the proprioception")
+    parser.add_argument("--action-key", default="action", help="feature with the action; 'none' if there is none")
+    parser.add_argument("--convert", help="YAML of kinematics or relative commands (docs/data.md)")
+    parser.add_argument(
+        "--on-error",
+        choices=["raise", "skip"],
+        default=on_error,
+        help="at an unreadable episode (default: %(default)s)",
+    )
+
+
+def _source_options(options: argparse.Namespace) -> dict:
+    """What `_add_source_options` added, as arguments of `LeRobotDataset`."""
+    from .data.unification import read_conversion
+
+    return {
+        "state_key": options.state_key,
+        "action_key": None if options.action_key == "none" else options.action_key,
+        "convert": read_conversion(options.convert) if options.convert else None,
+        "skip_errors": options.on_error == "skip",
+    }
 
 
 def _bytes(text: str) -> int:
@@ -266,20 +306,14 @@ def _cleaning_options(parser: argparse.ArgumentParser, arguments: list[str]):
     parser.add_argument("--min-motion", type=float, default=default.min_motion, help="near-constant below this share")
     parser.add_argument("--min-frames", type=int, default=default.min_frames, help="shorter episodes are left out")
     parser.add_argument("--length-deviations", type=float, default=default.length_deviations)
-    parser.add_argument("--state-key", default="observation.state", help="feature with the proprioception")
-    parser.add_argument("--action-key", default="action", help="feature with the action; 'none' if there is none")
-    parser.add_argument(
-        "--on-error", choices=["raise", "skip"], default="skip", help="stop at an unreadable episode, or count it"
-    )
+    _add_source_options(parser, on_error="skip")
     options = parser.parse_args(_read_config(parser, arguments))
     dataset = LeRobotDataset(
         options.dataset,
         embodiment="inspected",
         action_horizon=1,
         cameras=None if options.images else [],
-        state_key=options.state_key,
-        action_key=None if options.action_key == "none" else options.action_key,
-        skip_errors=options.on_error == "skip",
+        **_source_options(options),
     )
     thresholds = CleaningOptions(
         stationary=options.stationary,

@@ -84,6 +84,7 @@ class CoTrainingMixture:
         ValueError: an empty source, or a number out of range.
 
     Attributes:
+        action_dataset: what it was made with,
         num_skipped (`int`): draws that this process replaced, of which each is logged.
     """
 
@@ -123,6 +124,7 @@ class CoTrainingMixture:
             kind: dataset if isinstance(dataset, BalancedSources) else _Passes(dataset, seed, kind)
             for kind, dataset in datasets.items()
         }
+        self.action_dataset = action_dataset
         self._augment = augment
         self._skip_errors = skip_errors
         self._first_draw = first_draw
