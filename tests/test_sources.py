@@ -5,17 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from hashlib import sha1
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from in_memory_hub import InMemoryHub, Repository
 
 from wallvla.data.hub import open_dataset
 from wallvla.data.items import LeRobotItems
@@ -29,67 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # ---- the Hub -----------------------------------------------------------------------------------------------------
 
 
-class InMemoryHub(BaseHTTPRequestHandler):
-    """As much of the Hub's HTTP interface as reading a dataset needs."""
-
-    protocol_version = "HTTP/1.1"
-    files: dict[str, bytes] = {}
-    log: list[str] = []
-    commit = "a" * 40
-
-    def log_message(self, *arguments):
-        pass
-
-    def _answer(self, code: int, body: bytes = b"", **headers):
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _json(self, content):
-        self._answer(200, json.dumps(content).encode(), Content_Type="application/json")
-
-    def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        files = type(self).files
-        if path.startswith("/api/datasets/lab/arm"):
-            if "/tree/" in path:
-                entries = [
-                    {"type": "file", "path": name, "size": len(body), "oid": sha1(body).hexdigest()}
-                    for name, body in files.items()
-                ]
-                return self._json(entries)
-            siblings = [{"rfilename": name} for name in files]
-            return self._json(
-                {"id": "lab/arm", "_id": "0", "sha": self.commit, "private": False, "tags": [], "siblings": siblings,
-                 "downloads": 0, "likes": 0, "lastModified": "2026-01-01T00:00:00.000Z"}
-            )  # fmt: skip
-        prefix = "/datasets/lab/arm/resolve/"
-        name = path.removeprefix(prefix).partition("/")[2]
-        if path.startswith(prefix) and name in files:
-            if self.command == "GET":
-                type(self).log.append(name)
-            body = files[name]
-            return self._answer(200, body, ETag=f'"{sha1(body).hexdigest()}"', X_Repo_Commit=self.commit)
-        return self._answer(404, b"{}", X_Error_Code="RepoNotFound")
-
-    do_HEAD = do_GET
-
-
 @pytest.fixture
 def hub():
+    hub = InMemoryHub()
     root = FIXTURES / "lerobot_real_v21"
-    InMemoryHub.files = {
-        path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
-    }
-    InMemoryHub.log = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), InMemoryHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    hub.repositories["dataset", "lab/arm"] = Repository(files)
+    yield hub
+    hub.close()
 
 
 READ_FROM_HUB = """
@@ -105,15 +49,21 @@ print(json.dumps({"frames": len(dataset), "camera": dataset.camera_keys[0], "roo
 """
 
 
-def test_a_hub_dataset_downloads_only_what_it_reads(hub, tmp_path):
+def run_with_hub(code: str, hub: InMemoryHub, tmp_path: Path) -> subprocess.CompletedProcess:
+    """Runs code in a new process: `huggingface_hub` reads its settings when it is imported."""
     (tmp_path / "wallvla").symlink_to(ROOT, target_is_directory=True)
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
-        "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(tmp_path), "HF_HUB_DISABLE_XET": "1",
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(tmp_path),
+        "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", READ_FROM_HUB, str(tmp_path / "out.npz")],
+    return subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out.npz")],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+
+
+def test_a_hub_dataset_downloads_only_what_it_reads(hub, tmp_path):
+    done = run_with_hub(READ_FROM_HUB, hub, tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     local = LeRobotDataset(FIXTURES / "lerobot_real_v21", embodiment="r", action_horizon=3, episodes=[0, 3])
@@ -122,10 +72,38 @@ def test_a_hub_dataset_downloads_only_what_it_reads(hub, tmp_path):
     np.testing.assert_array_equal(arrays["states"], local.states)
     index = int(local.episode_bounds[1, 0]) + 5
     np.testing.assert_array_equal(arrays["pixels"], local.image(index, found["camera"]))
-    videos = [name for name in InMemoryHub.log if name.startswith("videos/")]
-    data = [name for name in InMemoryHub.log if name.startswith("data/")]
-    assert videos == [f"videos/chunk-000/{found['camera']}/episode_000003.mp4"]  # the one frame that was asked for
-    assert sorted(data) == [f"data/chunk-000/episode_{number:06d}.parquet" for number in (0, 3)]
+    got = {path.relative_to(found["root"]).as_posix() for path in Path(found["root"]).rglob("*") if path.is_file()}
+    assert {name for name in got if name.startswith("videos/")} == {
+        f"videos/chunk-000/{found['camera']}/episode_000003.mp4"  # of the one frame that was asked for
+    }
+    assert {name for name in got if name.startswith("data/")} == {
+        f"data/chunk-000/episode_{number:06d}.parquet" for number in (0, 3)
+    }
+
+
+READ_WITHOUT = """
+import shutil
+import huggingface_hub
+from wallvla.data.lerobot import LeRobotDataset
+read = lambda: LeRobotDataset("lab/arm", embodiment="r", action_horizon=3, episodes=[0, 3], skip_errors=True)
+dataset = read()
+print(dataset.skipped)
+shutil.rmtree(dataset.root / "data")
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+try:
+    read()
+except ConnectionError as error:
+    print("stopped:", error)
+"""
+
+
+def test_a_lost_file_is_skipped_and_a_lost_connection_is_not(hub, tmp_path):
+    """Ranks that skip what they cannot download would train on different episodes."""
+    del hub.repositories["dataset", "lab/arm"].files["data/chunk-000/episode_000003.parquet"]
+    done = run_with_hub(READ_WITHOUT, hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "{3: 'data/chunk-000/episode_000003.parquet is not in lab/arm at commit" in done.stdout
+    assert "stopped: data/chunk-000/episode_000000.parquet of lab/arm cannot be downloaded" in done.stdout
 
 
 def test_what_is_neither_folder_nor_hub_id(tmp_path):
