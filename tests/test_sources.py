@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -195,8 +197,13 @@ def scratch(tmp_path_factory):
     return Path(shutil.copytree(FIXTURES / "lerobot_conv_v30", tmp_path_factory.mktemp("fuzz") / "d"))
 
 
-def read_all(root: Path):
-    dataset = LeRobotDataset(root, embodiment="r", action_horizon=2, cameras=[])
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory):
+    return Path(shutil.copytree(FIXTURES / "lerobot_real_v3_h264", tmp_path_factory.mktemp("fuzz") / "d"))
+
+
+def read_all(root: Path, cameras=()):
+    dataset = LeRobotDataset(root, embodiment="r", action_horizon=2, cameras=list(cameras))
     return [dataset[index] for index in (0, len(dataset) - 1)]
 
 
@@ -236,3 +243,93 @@ def test_damaged_bytes_are_read_or_refused_with_a_reason(scratch, name, data):
             assert len(str(error)) > 20
     finally:
         path.write_bytes(original)
+
+
+CELLS = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**62), 2**62), st.floats(), st.text(max_size=4),
+    st.lists(st.integers(), max_size=2),
+)  # fmt: skip
+
+
+def read_or_refused(root: Path, cameras=()):
+    """Any exception but these two fails the test; what is read is complete."""
+    try:
+        samples = read_all(root, cameras)
+    except (ValueError, FileNotFoundError) as error:
+        assert len(str(error)) > 20
+        return
+    for sample in samples:
+        assert isinstance(sample["instruction"], str)
+        assert np.isfinite(sample["state"]).all() and np.isfinite(sample["actions"]).all()
+        assert isinstance(sample["episode_index"], int) and sample["episode_index"] >= 0
+
+
+@fuzz
+@given(st.sampled_from(["episodes", "tasks", "data", "episodes with a camera"]), CELLS, st.data())
+def test_fuzzed_cells_are_read_or_refused_with_a_reason(scratch, filmed, name, value, data):
+    """One cell of a table becomes something else, so its column changes type where it must, as pandas would do it."""
+    root, cameras = (filmed, ["wrist"]) if name.endswith("camera") else (scratch, [])
+    folder = {"tasks": "meta", "data": "data"}.get(name, "meta/episodes")
+    path = next((root / folder).rglob("tasks.parquet" if name == "tasks" else "*.parquet"))
+    original = path.read_bytes()
+    table = pq.read_table(path)
+    names = [name for name in table.column_names if not name.startswith("stats/")]  # nobody reads these
+    column = data.draw(st.sampled_from(names))
+    cells = table[column].to_pylist()
+    cells[data.draw(st.integers(0, len(cells) - 1))] = value
+    try:
+        changed = pa.array(cells)
+    except (pa.ArrowException, OverflowError):
+        changed = pa.array([str(cell) for cell in cells])
+    try:
+        pq.write_table(table.set_column(table.column_names.index(column), column, changed), path)
+        read_or_refused(root, cameras)
+    finally:
+        path.write_bytes(original)
+
+
+@fuzz
+@given(st.sampled_from(["dtype", "shape", "info", "names"]), CELLS, st.data())
+def test_fuzzed_features_are_read_or_refused_with_a_reason(scratch, key, value, data):
+    path = scratch / "meta" / "info.json"
+    original = path.read_text()
+    info = json.loads(original)
+    feature = data.draw(st.sampled_from(sorted(info["features"])))
+    info["features"][feature] |= {key: value}
+    try:
+        path.write_text(json.dumps(info))
+        read_or_refused(scratch)
+    finally:
+        path.write_text(original)
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    root = Path(shutil.copytree(FIXTURES / "lerobot_real_v21", tmp_path_factory.mktemp("fuzz") / "old"))
+    # As if only those episodes had been recorded whose data the fixture holds.
+    lines = [json.loads(line) for line in (root / "meta" / "episodes.jsonl").read_text().splitlines()]
+    kept = [each for each in lines if (root / f"data/chunk-000/episode_{each['episode_index']:06d}.parquet").is_file()]
+    info = json.loads((root / "meta" / "info.json").read_text())
+    info |= {"total_episodes": len(kept), "total_frames": sum(each["length"] for each in kept)}
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    (root / "meta" / "episodes.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    read_all(root)
+    return root
+
+
+@fuzz
+@given(st.sampled_from(["episodes", "tasks"]), CELLS, st.data())
+def test_fuzzed_lines_of_the_old_format_are_read_or_refused_with_a_reason(old, name, value, data):
+    path = old / "meta" / f"{name}.jsonl"
+    original = path.read_text()
+    lines = [json.loads(line) for line in original.splitlines()]
+    line = data.draw(st.integers(0, len(lines) - 1))
+    if data.draw(st.booleans()):
+        lines[line][data.draw(st.sampled_from(sorted(lines[line])))] = value
+    else:
+        lines[line] = value
+    try:
+        path.write_text("\n".join(map(json.dumps, lines)))
+        read_or_refused(old)
+    finally:
+        path.write_text(original)
