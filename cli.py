@@ -358,9 +358,19 @@ def _data_bridge(arguments: list[str]) -> None:
     parser.add_argument("--image-size", type=int, default=128, help="pixels of the simulator's images")
     parser.add_argument("--dataset", help="LeRobot dataset: from its trajectories")
     parser.add_argument("--embodiment", help="robot of the dataset in the checkpoint; default: its only one")
-    parser.add_argument("--camera", help="fixed camera of the dataset; default: the robot's first")
-    parser.add_argument("--calibration", help="JSON of that camera: intrinsics, extrinsics, size")
+    parser.add_argument(
+        "--camera", nargs="+", help="one or two fixed cameras of the dataset; default: the robot's first"
+    )
+    parser.add_argument(
+        "--calibration", nargs="+", default=[], help="JSON of these cameras: intrinsics, extrinsics, size"
+    )
     parser.add_argument("--annotator", help="image-text model for captions and next steps: a folder or a Hub id")
+    parser.add_argument(
+        "--annotator-coordinates",
+        choices=["pixel", "unit", "percent", "thousand"],
+        help="the annotator gives boxes of objects too, which count this",
+    )
+    _add_source_options(parser, on_error="raise")
     parser.add_argument("--every", type=int, default=25, help="frames between two images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True, help="parquet file to create")
@@ -393,7 +403,14 @@ def _data_bridge(arguments: list[str]) -> None:
     else:
         frames = _recorded_frames(options, processor)
     annotator = TransformersAnnotator(options.annotator) if options.annotator else None
-    counts = write_bridge_samples(frames, options.output, processor, seed=options.seed, annotator=annotator)
+    counts = write_bridge_samples(
+        frames,
+        options.output,
+        processor,
+        seed=options.seed,
+        annotator=annotator,
+        coordinates=options.annotator_coordinates,
+    )
     print("\n".join(f"{count:>7} {kind}" for kind, count in sorted(counts.items())))
     print(f"wrote {options.output}")
 
@@ -404,15 +421,19 @@ def _recorded_frames(options: argparse.Namespace, processor):
     from .data.lerobot import LeRobotDataset
 
     robot = processor.get_embodiment(options.embodiment)
-    camera = options.camera or next(iter(robot.cameras))
-    dataset = LeRobotDataset(options.dataset, embodiment="bridge", cameras=[camera], action_horizon=1)
-    calibration = None
-    if options.calibration:
-        calibration = Camera.from_dict(json.loads(Path(options.calibration).read_text()))
-    for position in range(dataset.num_episodes):
-        yield from frames_of_episode(
-            dataset, position, robot, dataset.camera_keys[0], calibration, stride=options.every
+    names = options.camera or [next(iter(robot.cameras))]
+    if len(options.calibration) not in (0, len(names)) or len(names) > 2:
+        raise ValueError(
+            f"Found {len(names)} cameras and {len(options.calibration)} calibrations. Give one or two cameras, and a "
+            "calibration for each or for none."
         )
+    dataset = LeRobotDataset(
+        options.dataset, embodiment="bridge", cameras=names, action_horizon=1, **_source_options(options)
+    )
+    calibrations = [Camera.from_dict(json.loads(Path(file).read_text())) for file in options.calibration]
+    cameras = dict(zip(dataset.camera_keys, calibrations or [None] * len(names), strict=True))
+    for position in range(dataset.num_episodes):
+        yield from frames_of_episode(dataset, position, robot, cameras, stride=options.every)
 
 
 def _serve(arguments: list[str]) -> None:
