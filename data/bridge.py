@@ -67,6 +67,7 @@ class BridgeFrame:
         grasp: where the gripper closes next, (2,) pixels.
         progress: finished share of the episode, 0 to 1.
         next_step: what is done now or next, in words.
+        plan: all steps of the task, in words.
         caption: what is to be seen, in words.
         other_view: image of another camera at the same time, and a point on each thing in it by name.
     """
@@ -80,6 +81,7 @@ class BridgeFrame:
     grasp: np.ndarray | None = None
     progress: float | None = None
     next_step: str | None = None
+    plan: str | None = None
     caption: str | None = None
     other_view: tuple[np.ndarray, dict[str, tuple[float, float]]] | None = None
 
@@ -344,10 +346,17 @@ def _affordance(frame: BridgeFrame, processor, rng: np.random.Generator):
 
 
 def _next_step(frame: BridgeFrame, processor, rng: np.random.Generator):
-    if frame.next_step is None:
+    known = [
+        (question, answer)
+        for question, answer in (
+            ("What should the robot do next?", frame.next_step), ("What are the steps?", frame.plan),
+        )
+        if answer is not None
+    ]  # fmt: skip
+    if not known:
         return None
-    text = f"The task is: {frame.instruction}. What should the robot do next?"
-    return (frame.image,), text, frame.next_step
+    question, answer = _choose(known, rng)
+    return (frame.image,), f"The task is: {frame.instruction}. {question}", answer
 
 
 _MAKERS: dict[str, Callable] = {
@@ -513,6 +522,7 @@ def frames_of_episode(
             grasp=grasp[0] if len(grasp) else None,
             progress=frame / max(stop - start - 1, 1),
             next_step=dataset.subtasks[step] if step >= 0 else None,
+            plan=dataset.language[position].plan,
             other_view=(images[others[0]], gripper(others[0], frame)) if others else None,
         )
 

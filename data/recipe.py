@@ -181,7 +181,7 @@ def build_mixture(
         recipe: what `read_recipe` returned.
         embodiments: the robots, `processor.embodiments`; their cameras and horizons decide what is read.
         seed, length, augment, skip_errors: as in `CoTrainingMixture`; `skip_errors` also leaves out whole episodes
-            that cannot be read.
+            that cannot be read and rows in no known form.
         processor: formats boxes and points of multimodal sources whose `coordinates` are not "text".
 
     Raises:
@@ -196,7 +196,7 @@ def build_mixture(
         for entry in recipe.multimodal:
             path, options = recipe.folder / entry.path, {"coordinates": entry.coordinates, "processor": processor}
             if path.suffix == ".jsonl":
-                dataset = ConversationDataset(JsonLines(path), **options)
+                dataset = ConversationDataset(JsonLines(path), skip_errors=skip_errors, **options)
             else:
                 dataset = MultimodalDataset(path, in_memory=entry.in_memory, **options)
             several.append(sample_source(entry.name or Path(entry.path).stem, dataset, entry.weight))

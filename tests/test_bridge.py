@@ -179,6 +179,18 @@ def test_broken_rows_are_named(tmp_path, row, message):
         ConversationDataset(JsonLines(tmp_path / "rows.jsonl"))
 
 
+def test_broken_rows_are_counted_where_they_may_be(tmp_path):
+    rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(4)]
+    lines = [json.dumps(row) for row in rows]
+    lines[1], lines[2] = "{", json.dumps({"question": "q"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="row 1 is not valid JSON"):
+        ConversationDataset(JsonLines(tmp_path / "rows.jsonl"))
+    dataset = ConversationDataset(JsonLines(tmp_path / "rows.jsonl"), skip_errors=True)
+    assert [dataset[i]["answer"] for i in range(len(dataset))] == ["a0", "a3"]
+    assert dataset.skipped.keys() == {1, 2} and "needs a chat" in dataset.skipped[2]
+
+
 def test_missing_images_and_wrong_options(jsonl, processor):
     (jsonl.parent / "images" / "0.png").unlink()
     dataset = ConversationDataset(JsonLines(jsonl))
@@ -439,6 +451,24 @@ def test_two_calibrated_cameras_show_the_gripper_in_both(tmp_path, processor):
         (answer,), _ = processor.parse_grounding(sample["answer"], (SIDE, SIDE))
         np.testing.assert_allclose(seen, [SIDE / 2 - 50 * y / 2, SIDE / 2 - 50 * z / 2], atol=1)
         np.testing.assert_allclose(answer, [SIDE / 2, SIDE / 2 - 50 * z / (y + 2)], atol=1)
+
+
+def test_steps_and_plans_of_language_columns_become_questions(processor):
+    """Files of lerobot 0.6 with language columns: what is done now, and the whole plan."""
+    root = Path(__file__).parent / "fixtures" / "lerobot_real_v3_lang"
+    dataset = LeRobotDataset(root, embodiment="r", action_horizon=1, cameras=[])
+    with_plan = [position for position, language in enumerate(dataset.language) if language.plan]
+    assert with_plan
+    language = dataset.language[with_plan[0]]
+    frame = BridgeFrame(picture(0), "Reach.", next_step=language.steps[0][1], plan=language.plan)
+    found = {
+        (sample.text.split(". ")[1], sample.answer)
+        for seed in range(20)
+        for sample in bridge_samples(frame, processor, np.random.default_rng(seed), ["next_step"])
+    }
+    assert found == {
+        ("What should the robot do next?", language.steps[0][1]), ("What are the steps?", language.plan),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("coordinates", "factor"), [("pixel", 1.0), ("unit", 1 / 200), ("thousand", 5.0)])

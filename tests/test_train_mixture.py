@@ -161,6 +161,7 @@ def test_options_that_exclude_each_other(folder, tmp_path, capsys):
     for options, message in (
         ({"dataset": folder / "first"}, "Give either a dataset or a mixture"),
         ({"clean": "clean.json"}, "Found clean beside mixture"),
+        ({"resample": True, "state_key": "qpos"}, "Found state_key, resample beside mixture"),
     ):
         with pytest.raises(SystemExit, match="2"):
             train(folder, tmp_path / "run", **options)

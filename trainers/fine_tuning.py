@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from transformers import AutoModel, AutoProcessor, TrainerCallback
@@ -83,8 +83,19 @@ class FineTuningArguments:
     def __post_init__(self):
         if (self.dataset is None) == (self.mixture is None):
             raise ValueError("Give either a dataset or a mixture.")
-        alone = ("embodiment", "embodiment_file", "cameras", "multimodal", "clean", "convert")
-        unused = [name for name in alone if self.mixture is not None and vars(self)[name] is not None]
+        alone = (
+            "embodiment",
+            "embodiment_file",
+            "cameras",
+            "multimodal",
+            "clean",
+            "convert",
+            "state_key",
+            "action_key",
+        )
+        alone += ("resample", "frames_in_memory")
+        defaults = {field.name: field.default for field in fields(self)}
+        unused = [name for name in alone if self.mixture is not None and vars(self)[name] != defaults[name]]
         if unused:
             raise ValueError(f"Found {', '.join(unused)} beside mixture, whose YAML says this for each dataset.")
 
