@@ -156,6 +156,7 @@ def _sample(arguments: list[str]) -> None:
 def _stats(arguments: list[str]) -> None:
     from .action_space_wallvla import Embodiment
     from .data.lerobot import LeRobotDataset
+    from .data.recipe import ActionEntry, open_entry
     from .data.statistics import compute_statistics
     from .trainers.fine_tuning import native_embodiment
 
@@ -166,14 +167,28 @@ def _stats(arguments: list[str]) -> None:
     )
     parser.add_argument("--embodiment-file", help="JSON of the robot; default: its vectors as they are (native)")
     parser.add_argument("--action-horizon", type=int, default=32, help="steps of a chunk, without --embodiment-file")
+    parser.add_argument("--clean", help="what `wallvla data clean` wrote for the dataset")
+    parser.add_argument("--resample", action="store_true", help="steps at the robot's control_frequency")
+    _add_source_options(parser, on_error="raise")
     parser.add_argument("--output", help="JSON file to write; default: print the statistics")
     options = parser.parse_args(_read_config(parser, arguments))
-    embodiment, horizon = None, options.action_horizon
     if options.embodiment_file:
         embodiment = Embodiment.from_dict(json.loads(Path(options.embodiment_file).read_text()))
-        horizon = embodiment.action_horizon
-    dataset = LeRobotDataset(options.dataset, embodiment="robot", action_horizon=horizon)
-    embodiment = embodiment or native_embodiment(dataset, horizon)
+    else:
+        dataset = LeRobotDataset(
+            options.dataset, embodiment="robot", action_horizon=options.action_horizon, **_source_options(options)
+        )
+        embodiment = native_embodiment(dataset, options.action_horizon)
+    entry = ActionEntry(
+        options.dataset,
+        "robot",
+        clean=options.clean,
+        convert=options.convert,
+        state_key=options.state_key,
+        action_key=None if options.action_key == "none" else options.action_key,
+        resample=options.resample,
+    )
+    dataset = open_entry(entry, embodiment, skip_errors=options.on_error == "skip")
     cache = None if options.cache == "none" else Path(options.cache).expanduser()
     values = embodiment.to_dict() | {"statistics": compute_statistics(dataset, embodiment, cache=cache)}
     if options.output is None:
@@ -181,6 +196,31 @@ def _stats(arguments: list[str]) -> None:
         return
     Path(options.output).write_text(json.dumps(values, indent=2) + "\n")
     print(f"wrote {options.output}")
+
+
+def _add_source_options(parser: argparse.ArgumentParser, on_error: str) -> None:
+    """Options of every command that reads a LeRobot dataset: which features, in whose form."""
+    parser.add_argument("--state-key", default="observation.state", help="feature with the proprioception")
+    parser.add_argument("--action-key", default="action", help="feature with the action; 'none' if there is none")
+    parser.add_argument("--convert", help="YAML of kinematics or relative commands (docs/data.md)")
+    parser.add_argument(
+        "--on-error",
+        choices=["raise", "skip"],
+        default=on_error,
+        help="at an unreadable episode (default: %(default)s)",
+    )
+
+
+def _source_options(options: argparse.Namespace) -> dict:
+    """What `_add_source_options` added, as arguments of `LeRobotDataset`."""
+    from .data.unification import read_conversion
+
+    return {
+        "state_key": options.state_key,
+        "action_key": None if options.action_key == "none" else options.action_key,
+        "convert": read_conversion(options.convert) if options.convert else None,
+        "skip_errors": options.on_error == "skip",
+    }
 
 
 def _bytes(text: str) -> int:
@@ -266,20 +306,14 @@ def _cleaning_options(parser: argparse.ArgumentParser, arguments: list[str]):
     parser.add_argument("--min-motion", type=float, default=default.min_motion, help="near-constant below this share")
     parser.add_argument("--min-frames", type=int, default=default.min_frames, help="shorter episodes are left out")
     parser.add_argument("--length-deviations", type=float, default=default.length_deviations)
-    parser.add_argument("--state-key", default="observation.state", help="feature with the proprioception")
-    parser.add_argument("--action-key", default="action", help="feature with the action; 'none' if there is none")
-    parser.add_argument(
-        "--on-error", choices=["raise", "skip"], default="skip", help="stop at an unreadable episode, or count it"
-    )
+    _add_source_options(parser, on_error="skip")
     options = parser.parse_args(_read_config(parser, arguments))
     dataset = LeRobotDataset(
         options.dataset,
         embodiment="inspected",
         action_horizon=1,
         cameras=None if options.images else [],
-        state_key=options.state_key,
-        action_key=None if options.action_key == "none" else options.action_key,
-        skip_errors=options.on_error == "skip",
+        **_source_options(options),
     )
     thresholds = CleaningOptions(
         stationary=options.stationary,
@@ -324,9 +358,19 @@ def _data_bridge(arguments: list[str]) -> None:
     parser.add_argument("--image-size", type=int, default=128, help="pixels of the simulator's images")
     parser.add_argument("--dataset", help="LeRobot dataset: from its trajectories")
     parser.add_argument("--embodiment", help="robot of the dataset in the checkpoint; default: its only one")
-    parser.add_argument("--camera", help="fixed camera of the dataset; default: the robot's first")
-    parser.add_argument("--calibration", help="JSON of that camera: intrinsics, extrinsics, size")
+    parser.add_argument(
+        "--camera", nargs="+", help="one or two fixed cameras of the dataset; default: the robot's first"
+    )
+    parser.add_argument(
+        "--calibration", nargs="+", default=[], help="JSON of these cameras: intrinsics, extrinsics, size"
+    )
     parser.add_argument("--annotator", help="image-text model for captions and next steps: a folder or a Hub id")
+    parser.add_argument(
+        "--annotator-coordinates",
+        choices=["pixel", "unit", "percent", "thousand"],
+        help="the annotator gives boxes of objects too, which count this",
+    )
+    _add_source_options(parser, on_error="raise")
     parser.add_argument("--every", type=int, default=25, help="frames between two images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True, help="parquet file to create")
@@ -359,7 +403,14 @@ def _data_bridge(arguments: list[str]) -> None:
     else:
         frames = _recorded_frames(options, processor)
     annotator = TransformersAnnotator(options.annotator) if options.annotator else None
-    counts = write_bridge_samples(frames, options.output, processor, seed=options.seed, annotator=annotator)
+    counts = write_bridge_samples(
+        frames,
+        options.output,
+        processor,
+        seed=options.seed,
+        annotator=annotator,
+        coordinates=options.annotator_coordinates,
+    )
     print("\n".join(f"{count:>7} {kind}" for kind, count in sorted(counts.items())))
     print(f"wrote {options.output}")
 
@@ -370,15 +421,19 @@ def _recorded_frames(options: argparse.Namespace, processor):
     from .data.lerobot import LeRobotDataset
 
     robot = processor.get_embodiment(options.embodiment)
-    camera = options.camera or next(iter(robot.cameras))
-    dataset = LeRobotDataset(options.dataset, embodiment="bridge", cameras=[camera], action_horizon=1)
-    calibration = None
-    if options.calibration:
-        calibration = Camera.from_dict(json.loads(Path(options.calibration).read_text()))
-    for position in range(dataset.num_episodes):
-        yield from frames_of_episode(
-            dataset, position, robot, dataset.camera_keys[0], calibration, stride=options.every
+    names = options.camera or [next(iter(robot.cameras))]
+    if len(options.calibration) not in (0, len(names)) or len(names) > 2:
+        raise ValueError(
+            f"Found {len(names)} cameras and {len(options.calibration)} calibrations. Give one or two cameras, and a "
+            "calibration for each or for none."
         )
+    dataset = LeRobotDataset(
+        options.dataset, embodiment="bridge", cameras=names, action_horizon=1, **_source_options(options)
+    )
+    calibrations = [Camera.from_dict(json.loads(Path(file).read_text())) for file in options.calibration]
+    cameras = dict(zip(dataset.camera_keys, calibrations or [None] * len(names), strict=True))
+    for position in range(dataset.num_episodes):
+        yield from frames_of_episode(dataset, position, robot, cameras, stride=options.every)
 
 
 def _serve(arguments: list[str]) -> None:

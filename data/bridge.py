@@ -8,14 +8,16 @@ Four levels, ten kinds:
     task      progress, affordance (where it grasps next), next_step
 
 A `BridgeFrame` says what is known about one image. In simulation that is the ground truth; for real data
-`frames_of_episode` projects the end effector with the camera's calibration and takes grasps from the gripper, and an
-annotator (any image-text model, `annotator.py`) adds what only a look at the image can tell. A kind whose facts are
-missing gives no sample.
+`frames_of_episode` projects the end effector into calibrated cameras and takes grasps from the gripper, and an
+annotator (any image-text model, `annotator.py`) adds what only a look at the image can tell: captions, next steps, and
+boxes of objects if it can point. A kind whose facts are missing gives no sample.
 
 Boxes are (x1, y1, x2, y2) and points (x, y), in pixels; (h, w) is the size of an image.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from tqdm.auto import tqdm
 
 from ..action_space_wallvla import Embodiment
 from .annotator import Annotator
+from .coordinates import CONVENTIONS, to_pixels
 from .multimodal import MultimodalWriter
 
 
@@ -35,7 +38,12 @@ LEVELS = {
     "caption": "scene", "question": "scene",
     "progress": "task", "affordance": "task", "next_step": "task",
 }  # fmt: skip
+OBJECTS_QUESTION = (
+    "List the objects that the robot could touch. Answer with JSON alone, one entry for each object: "
+    '[{"bbox_2d": [x1, y1, x2, y2], "label": "name of the object"}]'
+)
 CAPTION_QUESTION = "Describe what the robot sees in one sentence: the objects and where they are."
+GRIPPER = "robot's gripper"  # what the projected end effector is called
 STEP_QUESTION = "The robot's task is: {}. What should it do next? Answer with one short imperative sentence."
 TRAJECTORY_POINTS = 5
 # A relation is asked for only if the centres are this far apart, in box sizes: nobody can tell "left" from less.
@@ -54,24 +62,34 @@ class BridgeFrame:
         instruction: the task.
         boxes: box by object name.
         masks: visible pixels, bool (h, w), by object name.
+        points: a point on other things, in pixels, by name.
         path: end effector now and in the following frames, (N, 2) pixels.
         grasp: where the gripper closes next, (2,) pixels.
         progress: finished share of the episode, 0 to 1.
         next_step: what is done now or next, in words.
+        plan: all steps of the task, in words.
         caption: what is to be seen, in words.
-        other_view: image of another camera at the same time, and the boxes in it.
+        other_view: image of another camera at the same time, and a point on each thing in it by name.
     """
 
     image: np.ndarray
     instruction: str
     boxes: dict[str, Box] = field(default_factory=dict)
     masks: dict[str, np.ndarray] = field(default_factory=dict)
+    points: dict[str, tuple[float, float]] = field(default_factory=dict)
     path: np.ndarray | None = None
     grasp: np.ndarray | None = None
     progress: float | None = None
     next_step: str | None = None
+    plan: str | None = None
     caption: str | None = None
-    other_view: tuple[np.ndarray, dict[str, Box]] | None = None
+    other_view: tuple[np.ndarray, dict[str, tuple[float, float]]] | None = None
+
+    @property
+    def named_points(self) -> dict[str, tuple[float, float]]:
+        """A point on each thing whose place is known, by name."""
+        boxes = {name: _center(box) for name, box in self.boxes.items()}
+        return boxes | {name: _inner_point(mask) for name, mask in self.masks.items()} | self.points
 
     @property
     def size(self) -> tuple[int, int]:
@@ -137,12 +155,12 @@ def _grounding(frame: BridgeFrame, processor, rng: np.random.Generator):
 
 
 def _pointing(frame: BridgeFrame, processor, rng: np.random.Generator):
-    if not frame.boxes:
+    points = frame.named_points
+    if not points:
         return None
-    name = _choose(sorted(frame.boxes), rng)
+    name = _choose(sorted(points), rng)
     text = _choose(("Point to the {}.", "Show me the {}.", "Which point lies on the {}?"), rng)
-    point = _inner_point(frame.masks[name]) if name in frame.masks else _center(frame.boxes[name])
-    return (frame.image,), text.format(name), processor.format_point(point, frame.size)
+    return (frame.image,), text.format(name), processor.format_point(points[name], frame.size)
 
 
 def _inner_point(mask: np.ndarray) -> tuple[float, float]:
@@ -244,14 +262,15 @@ def _relation(frame: BridgeFrame, processor, rng: np.random.Generator):
 def _multi_view(frame: BridgeFrame, processor, rng: np.random.Generator):
     if frame.other_view is None:
         return None
-    image, boxes = frame.other_view
-    common = sorted(set(boxes) & set(frame.boxes))
+    image, others = frame.other_view
+    points = frame.named_points
+    common = sorted(set(others) & set(points))
     if not common:
         return None
     name = _choose(common, rng)
-    marked = processor.format_point(_center(frame.boxes[name]), frame.size)
+    marked = processor.format_point(points[name], frame.size)
     text = f"The {name} is at {marked} in the first image. Point to it in the second image."
-    answer = processor.format_point(_center(boxes[name]), (image.shape[1], image.shape[0]))
+    answer = processor.format_point(others[name], (image.shape[1], image.shape[0]))
     return (frame.image, image), text, answer
 
 
@@ -327,10 +346,17 @@ def _affordance(frame: BridgeFrame, processor, rng: np.random.Generator):
 
 
 def _next_step(frame: BridgeFrame, processor, rng: np.random.Generator):
-    if frame.next_step is None:
+    known = [
+        (question, answer)
+        for question, answer in (
+            ("What should the robot do next?", frame.next_step), ("What are the steps?", frame.plan),
+        )
+        if answer is not None
+    ]  # fmt: skip
+    if not known:
         return None
-    text = f"The task is: {frame.instruction}. What should the robot do next?"
-    return (frame.image,), text, frame.next_step
+    question, answer = _choose(known, rng)
+    return (frame.image,), f"The task is: {frame.instruction}. {question}", answer
 
 
 _MAKERS: dict[str, Callable] = {
@@ -350,11 +376,37 @@ def _lower(instruction: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def annotate(frame: BridgeFrame, annotator: Annotator) -> BridgeFrame:
-    """`frame` with a caption and a next step, where it has none and the annotator answers."""
+def annotate(frame: BridgeFrame, annotator: Annotator, coordinates: str | None = None) -> BridgeFrame:
+    """`frame` with what it has not and the annotator answers: a caption, a next step, and boxes of objects.
+
+    Args:
+        coordinates: what the numbers of the annotator's boxes count, a key of `coordinates.CONVENTIONS` ("pixel" for a
+            Qwen2.5-VL, "thousand" for a Qwen3-VL). `None`: it is not asked for boxes.
+    """
     caption = frame.caption or annotator([frame.image], CAPTION_QUESTION).strip() or None
     next_step = frame.next_step or annotator([frame.image], STEP_QUESTION.format(frame.instruction)).strip() or None
-    return replace(frame, caption=caption, next_step=next_step)
+    boxes = frame.boxes
+    if coordinates is not None and not boxes:
+        boxes = boxes_of_answer(annotator([frame.image], OBJECTS_QUESTION), coordinates, frame.size)
+    return replace(frame, caption=caption, next_step=next_step, boxes=boxes)
+
+
+def boxes_of_answer(answer: str, coordinates: str, size: tuple[int, int]) -> dict[str, Box]:
+    """Boxes in pixels by name from an annotator's JSON, for an image of `size` (width, height).
+
+    What is no box inside the image is left out, and so is every name that comes twice: which one would be meant?
+    """
+    found: dict[str, list[Box]] = {}
+    for entry in re.findall(r"\{[^{}]*\}", answer):
+        try:
+            values = json.loads(entry)
+            name, corners = values["label"].strip().lower(), [float(number) for number in values["bbox_2d"]]
+            box = to_pixels(corners, coordinates, size)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if name and len(box) == 4 and box[2] - box[0] >= 2 and box[3] - box[1] >= 2:
+            found.setdefault(name, []).append(box)
+    return {name: boxes[0] for name, boxes in found.items() if len(boxes) == 1}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -420,22 +472,20 @@ def frames_of_episode(
     dataset,
     position: int,
     embodiment: Embodiment,
-    camera: str,
-    calibration: Camera | None = None,
+    cameras: Mapping[str, Camera | None],
     *,
     stride: int = 20,
     horizon_s: float = 2.0,
     arm: str = "left",
 ) -> Iterator[BridgeFrame]:
-    """Facts of a recorded episode that need no look at the images: progress, steps, and with a calibration the path of
-    the end effector and the next grasp.
+    """Facts of a recorded episode that need no look at the images: progress, steps, and where the camera is calibrated
+    the gripper, its path and its next grasp. A second calibrated camera shows the gripper in another view.
 
     Args:
         dataset: a `LeRobotDataset`.
         position: place of the episode in the dataset.
         embodiment: layout of the states, with an end-effector position (and a gripper for grasps).
-        camera: a fixed camera, full key.
-        calibration: of that camera.
+        cameras: fixed cameras, full key to calibration (or `None`): the one that is asked about, and maybe a second.
         stride: frames between two samples.
         horizon_s: seconds of the path.
         arm: which end effector.
@@ -444,26 +494,36 @@ def frames_of_episode(
     positions, opening = _arm_facts(dataset.states[start:stop], embodiment, arm)
     closings = gripper_closings(opening) if opening is not None else np.empty(0, dtype=np.int64)
     ahead = max(2, int(horizon_s * dataset.fps) + 1)
+
+    def seen(camera: str, frames: Sequence[int]) -> np.ndarray:
+        """Gripper at these frames in the camera's image, pixels (N, 2); without those that cannot be seen."""
+        if cameras[camera] is None or positions is None:
+            return np.empty((0, 2))
+        pixels = cameras[camera].project(positions[frames], sizes[camera])
+        return pixels[np.isfinite(pixels).all(axis=1)]
+
+    def gripper(camera: str, frame: int) -> dict[str, tuple[float, float]]:
+        pixels = seen(camera, [frame])
+        return {GRIPPER: tuple(pixels[0])} if len(pixels) and _inside(pixels, sizes[camera])[0] else {}
+
     for frame in range(0, stop - start, stride):
         index = start + frame
-        image = dataset.image(index, camera)
-        path = grasp = None
-        if calibration is not None and positions is not None:
-            size = image.shape[1], image.shape[0]
-            path = calibration.project(positions[frame : frame + ahead], size)
-            path = path[np.isfinite(path).all(axis=1)]
-            following = closings[closings >= frame]
-            if len(following):
-                projected = calibration.project(positions[following[:1]], size)[0]
-                grasp = projected if np.isfinite(projected).all() else None
+        images = {camera: dataset.image(index, camera) for camera in cameras}
+        sizes = {camera: (image.shape[1], image.shape[0]) for camera, image in images.items()}
+        first, *others = cameras
+        path = seen(first, range(frame, min(frame + ahead, stop - start)))
+        grasp = seen(first, closings[closings >= frame][:1])
         step = dataset.subtask_indices[index]
         yield BridgeFrame(
-            image=image,
+            image=images[first],
             instruction=dataset.tasks[int(dataset.task_indices[index])],
-            path=path,
-            grasp=grasp,
+            points=gripper(first, frame),
+            path=path if len(path) else None,
+            grasp=grasp[0] if len(grasp) else None,
             progress=frame / max(stop - start - 1, 1),
             next_step=dataset.subtasks[step] if step >= 0 else None,
+            plan=dataset.language[position].plan,
+            other_view=(images[others[0]], gripper(others[0], frame)) if others else None,
         )
 
 
@@ -498,7 +558,7 @@ def frames_of_demonstration(demonstration, *, fps: float, horizon_s: float = 1.0
         other_view = None
         if others:
             _, seen = others[0]
-            other_view = seen[0].image, {sample.name: sample.box for sample in seen}
+            other_view = seen[0].image, {sample.name: _inner_point(sample.mask) for sample in seen}
         yield BridgeFrame(
             image=objects[0].image,
             instruction=demonstration.instruction,
@@ -519,6 +579,7 @@ def write_bridge_samples(
     seed: int = 0,
     kinds: Sequence[str] = tuple(LEVELS),
     annotator: Annotator | None = None,
+    coordinates: str | None = None,
 ) -> dict[str, int]:
     """Samples of all frames as one parquet file that `MultimodalDataset` reads. Returns their number by kind.
 
@@ -527,15 +588,17 @@ def write_bridge_samples(
         path: file to create; it appears when it is complete.
         processor, kinds: see `bridge_samples`.
         seed: of the choice of objects and wordings.
-        annotator: adds captions and next steps to the frames that have none.
+        annotator, coordinates: add to the frames what they have not, see `annotate`.
 
     Raises:
-        ValueError: no frame gave a sample of these kinds.
+        ValueError: an unknown convention of coordinates, or no frame gave a sample of these kinds.
     """
+    if coordinates is not None and coordinates not in CONVENTIONS:
+        raise ValueError(f"Found coordinates {coordinates!r}; known are {', '.join(CONVENTIONS)}.")
     counts: dict[str, int] = {}
     with MultimodalWriter(path) as writer:
         for number, frame in enumerate(tqdm(frames, desc="bridge", unit="frame", disable=None)):
-            frame = annotate(frame, annotator) if annotator is not None else frame
+            frame = annotate(frame, annotator, coordinates) if annotator is not None else frame
             for sample in bridge_samples(frame, processor, np.random.default_rng([seed, number]), kinds):
                 metadata = {"kind": sample.kind, "level": sample.level, "instruction": frame.instruction}
                 writer.add(sample.images[0], sample.text, sample.answer, metadata, sample.images[1:])

@@ -220,7 +220,6 @@ def inspect_dataset(
         elif keep.sum() < options.min_frames:
             text = f"{keep.sum()} of {stop - start} frames move; the limit is {options.min_frames}"
             inspection.findings.append(Finding(episode, "too short", text, drop=True))
-        _check_times(dataset, position, inspection)
         if options.frames_per_episode and dataset.camera_keys:
             signature = _check_images(dataset, position, options, inspection)
             if signature is not None:
@@ -249,6 +248,8 @@ def _facts(dataset: LeRobotDataset) -> dict:
         "frames": len(dataset),
         "seconds": round(len(dataset) / dataset.fps, 1),
         "episode_frames": {"min": int(lengths.min()), "median": float(np.median(lengths)), "max": int(lengths.max())},
+        "timestamp_error_s": float(np.abs(dataset.timestamps - dataset.frame_numbers / dataset.fps).max()),
+        "tolerance_s": dataset.tolerance_s,
         "tasks": dict(tasks.most_common()),
         "steps": len(dataset.subtasks),
         "cameras": cameras,
@@ -267,20 +268,6 @@ def _check_lengths(dataset: LeRobotDataset, options: CleaningOptions, inspection
                 f"{np.median(lengths[members]):g}"
             )
             inspection.findings.append(Finding(int(dataset.episode_ids[place]), "anomalous length", text, drop=True))
-
-
-def _check_times(dataset: LeRobotDataset, position: int, inspection: Inspection):
-    """Timestamps against frame / fps: the distance of each row from the video frame that it gets."""
-    start, stop = dataset.episode_bounds[position]
-    expected = dataset.frame_numbers[start:stop] / dataset.fps
-    distance = np.abs(dataset.timestamps[start:stop] - expected)
-    if distance.max() > dataset.tolerance_s:
-        frame = int(dataset.frame_numbers[start + np.argmax(distance)])
-        text = (
-            f"the timestamp of frame {frame} is {distance.max():.4f} s from frame / fps; the tolerance is "
-            f"{dataset.tolerance_s:.4f} s"
-        )
-        inspection.findings.append(Finding(int(dataset.episode_ids[position]), "timestamps", text, drop=True))
 
 
 def _check_images(
@@ -401,6 +388,9 @@ def format_inspection(inspection: Inspection, limit: int = 20) -> str:
     facts, plan = inspection.facts, make_plan(inspection)
     lines = [f"{facts['dataset']}: {facts['episodes']} episodes, {facts['frames']} frames, {facts['fps']} fps"]
     lines.append("episode length {min} to {max} frames, median {median:g}".format(**facts["episode_frames"]))
+    lines.append(
+        "timestamps within {timestamp_error_s:.2g} s of their frames, tolerance {tolerance_s:.2g} s".format(**facts)
+    )
     lines += [f"camera {key}: {text}" for key, text in facts["cameras"].items()]
     for name in ("state", "action"):
         ranges = zip(facts[name]["q01"], facts[name]["q99"], strict=True)

@@ -7,6 +7,7 @@ and learns one answer.
 
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tqdm.auto import tqdm
 
 from .coordinates import CONVENTIONS, convert_text
 
+
+logger = logging.getLogger(__name__)
 
 QUESTION_KEYS = ("text", "question", "prompt", "instruction", "problem")
 ANSWER_KEYS = ("answer", "response", "caption", "output", "label")
@@ -69,6 +72,10 @@ class ConversationDataset:
             leaves the texts as they are.
         processor: writes boxes and points; needed unless coordinates is "text".
         name: for messages. Default: the file.
+        skip_errors: leave out rows in no known form and list them in `skipped`, instead of raising.
+
+    Attributes:
+        skipped (`dict[int, str]`): reason by number of the rows that `skip_errors` left out.
 
     Raises:
         ValueError: an unknown convention, or rows in no known form.
@@ -82,6 +89,7 @@ class ConversationDataset:
         coordinates: str = "text",
         processor=None,
         name: str | None = None,
+        skip_errors: bool = False,
         progress: bool = True,
     ):
         check_coordinates(coordinates, processor)
@@ -91,8 +99,17 @@ class ConversationDataset:
         self._image_folder = Path(image_folder) if image_folder else (rows.path.parent if is_file else Path())
         counts = []
         bar = tqdm(range(len(rows)), desc="questions", unit="row", delay=2, disable=None if progress else True)
+        self.skipped: dict[int, str] = {}
         for index in bar:
-            counts.append(len(self._turns(rows[index], index)))
+            try:
+                counts.append(len(self._turns(rows[index], index)))
+            except ValueError as error:
+                if not skip_errors:
+                    raise
+                counts.append(0)
+                self.skipped[index] = str(error)
+        if self.skipped:
+            logger.warning("%s: %d of %d rows skipped: %s", self.name, len(self.skipped), len(rows), self.skipped)
         self._ends = np.cumsum(counts)
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -23,10 +24,24 @@ class HubSnapshot:
         self.commit = self.root.name  # the cache names a snapshot by its commit
 
     def fetch(self, path: Path) -> None:
-        """Make sure that a file of the snapshot is there; downloads it if it is not."""
-        if not path.is_file():
-            name = path.relative_to(self.root).as_posix()
+        """Make sure that a file of the snapshot is there; downloads it if it is not.
+
+        Raises:
+            FileNotFoundError: the dataset has no such file.
+            ConnectionError: the Hub cannot be reached. Nobody may skip that: a failing network is no reason to train
+                on fewer episodes.
+        """
+        if path.is_file():
+            return
+        name = path.relative_to(self.root).as_posix()
+        try:
             hf_hub_download(self.repo_id, name, repo_type="dataset", revision=self.commit)
+        except LocalEntryNotFoundError as error:
+            raise ConnectionError(f"{name} of {self.repo_id} cannot be downloaded: {error}. Try again.") from error
+        except EntryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{name} is not in {self.repo_id} at commit {self.commit}, although its metadata names it."
+            ) from error
 
 
 def open_dataset(root: str | Path, revision: str | None = None) -> tuple[Path, HubSnapshot | None]:

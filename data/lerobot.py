@@ -60,8 +60,9 @@ class LeRobotDataset:
             for times that fall between them. Default: linear. `Embodiment.interpolate_actions` turns rotations.
         skip_errors: leave out episodes that cannot be read and list them in `skipped`, instead of raising.
         revision: branch, tag or commit of a Hub dataset.
-        tolerance_s: largest accepted distance in seconds between a row and its video frame. Default: a quarter of the
-            frame period, below which the nearest frame cannot be a neighbour.
+        tolerance_s: largest accepted distance in seconds between a row's timestamp, its place in the recording (frame
+            number / fps) and the nearest video frame. Default: a quarter of the frame period, below which the nearest
+            frame cannot be a neighbour.
 
     Attributes:
         fps (`int`), features (`dict`, as in info.json), tasks (`dict[int, str]`, instruction by task index),
@@ -149,14 +150,14 @@ class LeRobotDataset:
             by_file.setdefault(record.data_file, []).append(position)
         parts: list[dict | None] = [None] * len(self._records)
         image_keys = [key for key in self.camera_keys if key not in self._video_keys]
-        reader = _EpisodeReader(state_key, action_key, image_keys, self.features, self._convert, keep)
+        reader = _EpisodeReader(state_key, action_key, image_keys, self, keep)
         # delay: the old format has a file per episode, so this can take a while; the new one is done before it shows.
         for path, positions in tqdm(by_file.items(), desc="reading", unit="file", delay=2, disable=None):
             try:
                 if self._hub is not None:
                     self._hub.fetch(path)
                 reader.open(path)
-            except (ValueError, OSError) as error:
+            except (ValueError, FileNotFoundError) as error:
                 self._skip([self._records[position].index for position in positions], error)
                 continue
             for position in positions:
@@ -307,6 +308,8 @@ class LeRobotDataset:
                 # frame / fps rather than the timestamp column: float32 seconds are coarser than a tick of the video.
                 return self._open_files.video(path).frame_at(start_s + frame / self.fps, self.tolerance_s)
             encoded = self._open_files.images(record.data_file, camera).encoded(int(self._row_in_file[index]))
+            if self._hub is not None and encoded["bytes"] is None and encoded["path"] is not None:
+                self._hub.fetch(self.root / encoded["path"])
             return _decode_image(encoded, self.root)
         except ValueError as error:
             raise ValueError(f"Camera {camera}, episode {record.index}, frame {frame}: {error}") from error
@@ -470,9 +473,10 @@ def _steps_of_times(times_s: Sequence[float] | None, horizon: int, fps: float) -
 class _EpisodeReader:
     """Reads the numbers of episodes out of one data file after the other; see `LeRobotDataset` for the arguments."""
 
-    def __init__(self, state_key, action_key, image_keys, features, convert, keep):
+    def __init__(self, state_key, action_key, image_keys, dataset: LeRobotDataset, keep):
         self._state_key, self._action_key, self._image_keys = state_key, action_key, image_keys
-        self._features, self._convert, self._keep = features, convert, keep
+        self._features, self._convert, self._keep = dataset.features, dataset._convert, keep
+        self._fps, self._tolerance_s = dataset.fps, dataset.tolerance_s
 
     def open(self, path: Path):
         """Read the numeric columns of a file, rows in file order."""
@@ -505,6 +509,7 @@ class _EpisodeReader:
         rows = self._order[first:last]
         keys = {"state": self._state_key} | ({"action": self._action_key} if "action" in self._rows else {})
         _check_episode_rows(self._rows, rows, record, keys)
+        self._check_times(rows, record)
         part = {name: column[rows] for name, column in self._rows.items()}
         part["row_in_file"] = rows
         part["language"] = EpisodeLanguage()
@@ -522,6 +527,17 @@ class _EpisodeReader:
         if self._convert is not None and len(part["state"]):
             part["state"], part["action"] = self._converted(part["state"], part["action"], record.index)
         return part
+
+    def _check_times(self, rows: np.ndarray, record: EpisodeRecord):
+        distance = np.abs(self._rows["timestamp"][rows] - np.arange(record.length) / self._fps)
+        fits = distance <= self._tolerance_s  # not where a timestamp is NaN
+        if not fits.all():
+            frame = int(np.argmin(fits))
+            raise ValueError(
+                f"{record.data_file}: the timestamp of episode {record.index}, frame {frame} is {distance[frame]:.4f} "
+                f"s from frame / fps; the tolerance is {self._tolerance_s:.4f} s. Leave the episode out, or raise "
+                "tolerance_s if the frames are evenly spaced all the same."
+            )
 
     def _kept_frames(self, record: EpisodeRecord) -> np.ndarray | None:
         if record.index not in self._keep:

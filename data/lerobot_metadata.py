@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 
 SUPPORTED_VERSIONS = ("v3.0", "v2.1", "v2.0")
+_PER_VIDEO = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")  # columns videos/KEY/... of v3.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,16 @@ def read_tasks(root: Path, info: dict) -> dict[int, str]:
             f"{path} has columns {table.column_names}; expected task_index and task (or __index_level_0__). Download "
             "the file again."
         )
-    return dict(zip(table["task_index"].to_pylist(), table[names[0]].to_pylist(), strict=True))
+    pairs = list(zip(table["task_index"].to_pylist(), table[names[0]].to_pylist(), strict=True))
+    wrong = [pair for pair in pairs if not isinstance(pair[1], str) or not _is_whole(pair[0])]
+    if wrong:
+        raise ValueError(f"{path} has task {wrong[0]}; it is a number and a text. Download the file again.")
+    return {int(index): text for index, text in pairs}
+
+
+def _is_whole(value) -> bool:
+    """Whether a cell is a whole number; indices may have become floats on their way through pandas."""
+    return isinstance(value, int | float) and abs(value) < 2**53 and value == int(value)
 
 
 def read_episodes(root: Path, info: dict, video_keys: list[str]) -> list[EpisodeRecord]:
@@ -158,19 +168,18 @@ def _episodes_v3(root: Path, info: dict, video_keys: list[str]) -> Iterator[Epis
     if not files:
         raise FileNotFoundError(f"{root / 'meta' / 'episodes'} has no parquet file. Download meta/ again.")
     columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-    per_video = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-    columns += [f"videos/{key}/{name}" for key in video_keys for name in per_video]
+    columns += [f"videos/{key}/{name}" for key in video_keys for name in _PER_VIDEO]
     for path in files:
         for row in read_parquet(path, columns).to_pylist():
             yield _episode_of_row(row, root, info, video_keys)
 
 
 def _episode_of_row(row: dict, root: Path, info: dict, video_keys: list[str]) -> EpisodeRecord:
-    """One row of `meta/episodes`; indices may have become floats on their way through pandas."""
+    """One row of `meta/episodes`."""
     needed = ("episode_index", "length", "data/chunk_index", "data/file_index")
-    if not all(isinstance(row[name], int | float) and abs(row[name]) < 2**53 for name in needed):
+    if not all(_is_whole(row[name]) and row[name] >= 0 for name in needed):
         raise ValueError(
-            f"{root}: meta/episodes has a row with { {name: row[name] for name in needed} }; all are numbers. "
+            f"{root}: meta/episodes has a row with { {name: row[name] for name in needed} }; all are counts. "
             "Download meta/ again."
         )
     index, length = int(row["episode_index"]), int(row["length"])
@@ -178,16 +187,23 @@ def _episode_of_row(row: dict, root: Path, info: dict, video_keys: list[str]) ->
     data_file = _filled(info["data_path"], root, **place)
     videos = {}
     for key in video_keys:
-        if row[f"videos/{key}/file_index"] is None:
-            raise ValueError(f"{root}: meta/episodes names no {key} video for episode {index}. Leave the camera out.")
+        numbers = {name: row[f"videos/{key}/{name}"] for name in _PER_VIDEO}
+        indices = [numbers["chunk_index"], numbers["file_index"]]
+        seconds = [numbers["from_timestamp"], numbers["to_timestamp"]]
+        are_seconds = all(isinstance(second, int | float) and 0 <= second < math.inf for second in seconds)
+        if not are_seconds or not all(_is_whole(number) for number in indices):
+            raise ValueError(
+                f"{root}: meta/episodes has {numbers} for the {key} video of episode {index}. Leave the camera out, "
+                "or download meta/ again."
+            )
         path = _filled(
             info["video_path"],
             root,
             video_key=key,
-            chunk_index=int(row[f"videos/{key}/chunk_index"]),
-            file_index=int(row[f"videos/{key}/file_index"]),
+            chunk_index=int(numbers["chunk_index"]),
+            file_index=int(numbers["file_index"]),
         )
-        start, end = float(row[f"videos/{key}/from_timestamp"]), float(row[f"videos/{key}/to_timestamp"])
+        start, end = (float(second) for second in seconds)
         # A longer video is harmless; in a shorter one the last rows would show the next episode.
         if (end - start) * info["fps"] < length - 0.5:
             raise ValueError(

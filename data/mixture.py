@@ -76,14 +76,15 @@ class CoTrainingMixture:
             `BalancedSources`.
         augment: called as `augment(sample, rng)` on every sample, with a generator of this draw; returns the sample to
             use and must not write into the given arrays.
-        skip_errors: a sample that cannot be read (ValueError or OSError) is replaced by another one of its kind, which
-            depends on the draw alone, and logged. Otherwise the error is raised.
+        skip_errors: a sample that cannot be read (ValueError or FileNotFoundError, but no failing network) is replaced
+            by another one of its kind, which depends on the draw alone, and logged. Otherwise the error is raised.
         first_draw: number of the draw at index 0; see `resume`.
 
     Raises:
         ValueError: an empty source, or a number out of range.
 
     Attributes:
+        action_dataset: what it was made with,
         num_skipped (`int`): draws that this process replaced, of which each is logged.
     """
 
@@ -123,6 +124,7 @@ class CoTrainingMixture:
             kind: dataset if isinstance(dataset, BalancedSources) else _Passes(dataset, seed, kind)
             for kind, dataset in datasets.items()
         }
+        self.action_dataset = action_dataset
         self._augment = augment
         self._skip_errors = skip_errors
         self._first_draw = first_draw
@@ -166,7 +168,7 @@ class CoTrainingMixture:
         for _ in range(REPLACEMENTS):
             try:
                 return self._sources[source][sample_index]
-            except (ValueError, OSError) as error:
+            except (ValueError, FileNotFoundError) as error:
                 self.num_skipped += 1
                 logger.warning("Draw %d skipped (number %d in this process): %s", number, self.num_skipped, error)
             sample_index = int(rng.integers(len(self._sources[source])))

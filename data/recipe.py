@@ -13,6 +13,9 @@ actions:
     embodiment: franka
     weight: 0.4
     clean: droid.clean.json     # what `wallvla data clean` wrote
+    convert: droid.yaml         # forward kinematics, relative commands: unification.py
+    resample: true              # steps at the robot's control_frequency; without it the frames must have it
+robots: {franka: franka.json}   # robots that the checkpoint does not have
 multimodal:
   - path: data/grounding.parquet
   - path: data/pointing.jsonl
@@ -20,9 +23,12 @@ multimodal:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
+import numpy as np
 import yaml
 
 from ..action_space_wallvla import Embodiment
@@ -33,12 +39,18 @@ from .lerobot import LeRobotDataset
 from .mixture import CoTrainingMixture
 from .multimodal import MultimodalDataset
 from .sampling import BalancedSources, sample_source, trajectory_source
+from .statistics import check_fit
 from .unification import read_conversion
 
 
 @dataclass(frozen=True)
 class ActionEntry:
-    """One LeRobot dataset; options as in `LeRobotDataset` and `Source`, `clean` and `convert` as file names."""
+    """One LeRobot dataset; options as in `LeRobotDataset` and `Source`, `clean` and `convert` as file names.
+
+    The steps of a chunk are one period of the robot's control frequency apart. Without `resample` they are frames, so
+    the dataset must have that frequency. `resample` puts them where they belong, between frames where need be; that
+    takes absolute targets. `anchors` does the same, but starts one period after the observation (X-VLA).
+    """
 
     dataset: str
     embodiment: str
@@ -51,7 +63,8 @@ class ActionEntry:
     convert: str | None = None
     state_key: str = "observation.state"
     action_key: str | None = "action"
-    action_times_s: list[float] | None = None
+    resample: bool = False
+    anchors: bool = False
     frames_in_memory: bool = False
 
 
@@ -89,47 +102,67 @@ def read_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}.") from error
-    values = _checked(values, Recipe, f"{path}", hidden=("folder",))
-    for key, kind in (("actions", ActionEntry), ("multimodal", MultimodalEntry)):
-        entries = values.get(key) or []
-        if not isinstance(entries, list):
-            raise ValueError(f"{path}: {key} is {entries!r}; it is a list of datasets.")
-        values[key] = tuple(
-            kind(**_checked(entry, kind, f"{path}: entry {number} of {key}")) for number, entry in enumerate(entries)
-        )
-    robots = values.get("robots") or {}
-    if not isinstance(robots, dict) or not all(isinstance(file, str) for file in robots.values()):
-        raise ValueError(f"{path}: robots is {robots!r}; it is a mapping of names to JSON files.")
-    values["robots"] = robots
-    if not values["actions"]:
+    if isinstance(values, dict):
+        for key, kind in (("actions", ActionEntry), ("multimodal", MultimodalEntry)):
+            entries = values.get(key, [])
+            if not isinstance(entries, list):
+                raise ValueError(f"{path}: {key} is {entries!r}; it is a list of datasets.")
+            if key in values:
+                checked = [_checked(each, kind, f"{path}: entry {n} of {key}") for n, each in enumerate(entries)]
+                values[key] = tuple(kind(**entry) for entry in checked)
+    recipe = Recipe(folder=path.parent, **_checked(values, Recipe, f"{path}", given=("folder",)))
+    if not recipe.actions:
         raise ValueError(f"{path} names no dataset under actions. A mixture has at least one.")
-    return Recipe(folder=path.parent, **values)
+    return recipe
 
 
-def _checked(values, kind: type, where: str, hidden: tuple[str, ...] = ()) -> dict:
-    """`values` as keyword arguments of the dataclass `kind`."""
-    known = {field.name: field for field in fields(kind) if field.name not in hidden}
+def _checked(values, kind: type, where: str, given: tuple[str, ...] = ()) -> dict:
+    """`values` if they are keyword arguments of the dataclass `kind`, without those that are `given`."""
+    known = {field.name: field for field in fields(kind) if field.name not in given}
     if not isinstance(values, dict):
         raise ValueError(f"{where} is {values!r}; it is a mapping of {', '.join(known)}.")
     unknown = [name for name in values if name not in known]
     if unknown:
         raise ValueError(f"{where} has unknown options {', '.join(map(str, unknown))}; known are {', '.join(known)}.")
-    required = [name for name in ("dataset", "embodiment", "path", "actions") if name in known and name not in values]
-    if required:
-        raise ValueError(f"{where} lacks {', '.join(required)}.")
-    numbers = {"weight": float, "power": float, "cap": float, "multimodal_fraction": float}
-    numbers |= {"budget": int, "frame_step_size": int}
-    for name, number in numbers.items():
-        value = values.get(name)
-        fits = isinstance(value, int | float if number is float else int) and not isinstance(value, bool)
-        if value is not None and not fits:
-            raise ValueError(f"{where}: {name} is {value!r}; it is a number{' without decimals' * (number is int)}.")
-    for name in ("dataset", "embodiment", "path", "name", "clean", "convert", "revision", "coordinates"):
-        if values.get(name) is not None and not isinstance(values[name], str):
-            raise ValueError(f"{where}: {name} is {values[name]!r}; it is text.")
-    return dict(values)
+    required = [name for name, field in known.items() if field.default is field.default_factory is MISSING]
+    absent = [name for name in required if name not in values]
+    if absent:
+        raise ValueError(f"{where} lacks {', '.join(absent)}.")
+    for name, value in values.items():
+        if not _fits(value, known[name].type):
+            raise ValueError(f"{where}: {name} is {value!r}; it is {_spelled(known[name].type)}.")
+    return values
+
+
+_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def _fits(value, kind) -> bool:
+    """Whether a value of YAML has the type of a field."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, option) for option in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(each, get_args(kind)[0]) for each in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(
+            _fits(each, of) for pair in value.items() for each, of in zip(pair, get_args(kind), strict=True)
+        )
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind)
+
+
+def _spelled(kind) -> str:
+    """A type of a field in words."""
+    if isinstance(kind, UnionType):
+        return " or ".join(_spelled(option) for option in get_args(kind))
+    if get_origin(kind) is list:
+        return f"a list of {_spelled(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return " to ".join(["a mapping of text", _spelled(get_args(kind)[1])])
+    return _NAMES.get(kind, "a list")
 
 
 def build_mixture(
@@ -148,7 +181,7 @@ def build_mixture(
         recipe: what `read_recipe` returned.
         embodiments: the robots, `processor.embodiments`; their cameras and horizons decide what is read.
         seed, length, augment, skip_errors: as in `CoTrainingMixture`; `skip_errors` also leaves out whole episodes
-            that cannot be read.
+            that cannot be read and rows in no known form.
         processor: formats boxes and points of multimodal sources whose `coordinates` are not "text".
 
     Raises:
@@ -163,7 +196,7 @@ def build_mixture(
         for entry in recipe.multimodal:
             path, options = recipe.folder / entry.path, {"coordinates": entry.coordinates, "processor": processor}
             if path.suffix == ".jsonl":
-                dataset = ConversationDataset(JsonLines(path), **options)
+                dataset = ConversationDataset(JsonLines(path), skip_errors=skip_errors, **options)
             else:
                 dataset = MultimodalDataset(path, in_memory=entry.in_memory, **options)
             several.append(sample_source(entry.name or Path(entry.path).stem, dataset, entry.weight))
@@ -183,10 +216,25 @@ def _action_source(entry: ActionEntry, folder: Path, embodiments: Mapping[str, E
     if entry.embodiment not in embodiments:
         raise ValueError(
             f"Dataset {entry.dataset} is of embodiment {entry.embodiment!r}; the checkpoint knows "
-            f"{', '.join(embodiments) or 'none'}. Add the robot with `wallvla stats` and `processor.add_embodiment`."
+            f"{', '.join(embodiments) or 'none'}. Add its JSON under robots."
         )
-    robot = embodiments[entry.embodiment]
+    dataset = open_entry(entry, embodiments[entry.embodiment], folder, skip_errors)
+    return trajectory_source(entry.name or Path(entry.dataset).name, dataset, entry.weight, entry.frame_step_size)
+
+
+def open_entry(
+    entry: ActionEntry, robot: Embodiment, folder: str | Path = ".", skip_errors: bool = False
+) -> LeRobotDataset:
+    """The dataset of an entry, as its robot sees it. `folder` is where relative paths start.
+
+    Raises:
+        ValueError: the vectors do not fit the robot's layouts, or its steps are not the dataset's frames.
+    """
+    folder = Path(folder)
     local = folder / entry.dataset
+    times = None
+    if entry.resample or entry.anchors:
+        times = (np.arange(robot.action_horizon) + entry.anchors) / robot.control_frequency
     dataset = LeRobotDataset(
         local if local.is_dir() else entry.dataset,
         embodiment=entry.embodiment,
@@ -198,10 +246,16 @@ def _action_source(entry: ActionEntry, folder: Path, embodiments: Mapping[str, E
         state_key=entry.state_key,
         action_key=entry.action_key,
         convert=read_conversion(folder / entry.convert) if entry.convert else None,
-        action_times_s=entry.action_times_s,
+        action_times_s=times,
         interpolate=robot.interpolate_actions,
         skip_errors=skip_errors,
         revision=entry.revision,
     )
-    name = entry.name or Path(entry.dataset).name
-    return trajectory_source(name, dataset, entry.weight, entry.frame_step_size)
+    check_fit(dataset, robot)
+    if times is None and abs(dataset.fps / robot.control_frequency - 1) > 0.01:
+        raise ValueError(
+            f"{entry.dataset} has {dataset.fps:g} frames per second; robot {entry.embodiment} takes "
+            f"{robot.control_frequency:g} steps per second (control_frequency). Correct it, or, if the actions are "
+            "absolute targets, set resample."
+        )
+    return dataset

@@ -144,7 +144,7 @@ def compute_statistics(
     if chunk_stride < 1:
         raise ValueError(f"chunk_stride is {chunk_stride}; it must be at least 1.")
     for each in datasets:
-        _check_fit(each, embodiment)
+        check_fit(each, embodiment)
     if exact is None:
         exact = sum(_num_bytes(each, embodiment, chunk_stride) for each in datasets) <= EXACT_BYTES
     file = None
@@ -218,7 +218,8 @@ def statistics_fingerprint(
     return digest.hexdigest()[:32]
 
 
-def _check_fit(dataset: LeRobotDataset, embodiment: Embodiment):
+def check_fit(dataset: LeRobotDataset, embodiment: Embodiment) -> None:
+    """Raises ValueError unless the widths of the dataset's vectors and its horizon are the embodiment's."""
     for kind, found, expected in (
         # An empty state layout is a robot without proprioception: whatever the dataset has is not used.
         ("state", dataset.states.shape[1], embodiment.state_width or dataset.states.shape[1]),

@@ -49,6 +49,7 @@ class VideoReader:
         # With B-frames decode times start below zero; the delay between decoding and showing a keyframe is constant.
         self._delay = (self._stream.start_time or 0) - self._index[0].timestamp
         self._frames = None  # the running decoder, None before the first seek and after the end of the file
+        self._wanted = 0  # ticks: nothing is wanted of what is shown earlier, so the decoder may skip it
         self._current = None  # the newest decoded frame
         self._previous = None  # the one before it, since the newest seek
 
@@ -69,7 +70,7 @@ class VideoReader:
         Raises:
             ValueError: no frame within the tolerance, or the file is damaged.
         """
-        frame = self._nearest(time_s, slack_s=min(tolerance_s, self._half_frame))
+        frame = self._nearest(time_s, tolerance_s)
         distance = abs(frame.pts * self._seconds_per_tick - time_s)
         if distance > tolerance_s:
             raise ValueError(
@@ -79,13 +80,17 @@ class VideoReader:
             )
         return self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
-    def _nearest(self, time_s: float, slack_s: float) -> av.VideoFrame:
-        """Decode up to the first frame that is not earlier than `time_s - slack_s`; return it or its predecessor."""
-        earliest = time_s - slack_s
+    def _nearest(self, time_s: float, tolerance_s: float) -> av.VideoFrame:
+        """Decode up to the first frame that is not earlier than `time_s`, but for a slack; return it or its
+        predecessor. Frames further before `time_s` than the tolerance may be skipped."""
+        slack_s = min(tolerance_s, self._half_frame)
+        wanted = int((time_s - tolerance_s) / self._seconds_per_tick)
         try:
-            if not self._can_continue_to(time_s):
+            can_continue = wanted >= self._wanted and self._can_continue_to(time_s)
+            self._wanted = wanted
+            if not can_continue:
                 self._seek(time_s, slack_s)
-            while self._current.pts * self._seconds_per_tick < earliest:
+            while self._current.pts * self._seconds_per_tick < time_s - slack_s:
                 following = next(self._frames, None)
                 if following is None:
                     last, self._frames, self._current, self._previous = self._current, None, None, None
@@ -96,6 +101,13 @@ class VideoReader:
             raise ValueError(self._unreadable(error)) from error
         candidates = [frame for frame in (self._current, self._previous) if frame is not None]
         return min(candidates, key=lambda frame: abs(frame.pts * self._seconds_per_tick - time_s))
+
+    def _decode(self):
+        """Frames from the current position on, without those before `self._wanted` that no other frame refers to."""
+        for packet in self._container.demux(self._stream):
+            is_early = packet.pts is not None and packet.pts < self._wanted
+            self._stream.codec_context.skip_frame = "NONREF" if is_early else "DEFAULT"
+            yield from packet.decode()
 
     def _can_continue_to(self, time_s: float) -> bool:
         """True when decoding forward from here reaches `time_s` at least as soon as a seek would."""
@@ -118,7 +130,7 @@ class VideoReader:
             # The demuxer's index is in decoding order, so its own decode time is the only exact address of a keyframe.
             keyframe = self._keyframe_before(tick)
             self._container.seek(keyframe, stream=self._stream, backward=True)
-            self._frames = self._container.decode(self._stream)
+            self._frames = self._decode()
             self._current = next(self._frames, None)
             if self._current is None:
                 raise ValueError(self._unreadable("no frame could be decoded"))

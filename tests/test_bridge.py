@@ -12,11 +12,14 @@ from PIL import Image
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from wallvla import cli
 from wallvla.action_space_wallvla import Embodiment
 from wallvla.data.bridge import (
     LEVELS,
     BridgeFrame,
     Camera,
+    annotate,
+    boxes_of_answer,
     bridge_samples,
     color_name,
     frames_of_demonstration,
@@ -36,6 +39,8 @@ from wallvla.processing_wallvla import WallVLAProcessor
 
 settings.register_profile("wallvla", max_examples=60, deadline=None)
 settings.load_profile("wallvla")
+
+SIDE = 160  # of square images, a multiple of the processor's patches
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +179,18 @@ def test_broken_rows_are_named(tmp_path, row, message):
         ConversationDataset(JsonLines(tmp_path / "rows.jsonl"))
 
 
+def test_broken_rows_are_counted_where_they_may_be(tmp_path):
+    rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(4)]
+    lines = [json.dumps(row) for row in rows]
+    lines[1], lines[2] = "{", json.dumps({"question": "q"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="row 1 is not valid JSON"):
+        ConversationDataset(JsonLines(tmp_path / "rows.jsonl"))
+    dataset = ConversationDataset(JsonLines(tmp_path / "rows.jsonl"), skip_errors=True)
+    assert [dataset[i]["answer"] for i in range(len(dataset))] == ["a0", "a3"]
+    assert dataset.skipped.keys() == {1, 2} and "needs a chat" in dataset.skipped[2]
+
+
 def test_missing_images_and_wrong_options(jsonl, processor):
     (jsonl.parent / "images" / "0.png").unlink()
     dataset = ConversationDataset(JsonLines(jsonl))
@@ -218,7 +235,7 @@ def frame(**changes) -> BridgeFrame:
         "grasp": np.array([115.0, 52.0]),
         "progress": 0.42,
         "next_step": "close the lid",
-        "other_view": (image[:, ::-1].copy(), {"cup": (130.0, 40.0, 150.0, 60.0)}),
+        "other_view": (image[:, ::-1].copy(), {"cup": (140.0, 50.0)}),
     }
     return BridgeFrame(image, "Put the lid on the cup.", **(facts | changes))
 
@@ -375,14 +392,14 @@ def test_recorded_episodes_give_paths_grasps_progress_and_steps(tmp_path, proces
         (160, 120),
     )
     dataset = LeRobotDataset(tmp_path / "d", embodiment="r", action_horizon=1)
-    found = list(frames_of_episode(dataset, 0, robot, camera, calibration, stride=10))
+    found = list(frames_of_episode(dataset, 0, robot, {camera: calibration}, stride=10))
     assert [round(each.progress, 3) for each in found] == [0, 0.256, 0.513, 0.769]
     expected = 80 - 100 * states[:, 1] / 2
     np.testing.assert_allclose(found[1].path, np.stack([expected[10:31], np.full(21, 60)], axis=1), atol=1e-4)
     np.testing.assert_allclose([each.grasp[0] for each in found[:3]], [expected[25]] * 3, atol=1e-4)
     assert found[3].grasp is None  # it has closed for the last time
-    plain = next(frames_of_episode(dataset, 0, robot, camera))
-    assert plain.path is None and plain.progress == 0
+    plain = next(frames_of_episode(dataset, 0, robot, {camera: None}))
+    assert plain.path is None and plain.progress == 0 and not plain.points and plain.other_view is None
     answers = []
 
     def annotator(images, question):
@@ -390,11 +407,86 @@ def test_recorded_episodes_give_paths_grasps_progress_and_steps(tmp_path, proces
         return " a red cup " if "Describe" in question else "lift the cup"
 
     counts = write_bridge_samples(iter(found), tmp_path / "b.parquet", processor, annotator=annotator)
-    assert counts == {"trajectory": 4, "caption": 4, "progress": 4, "affordance": 3, "next_step": 4}
+    assert counts == {"pointing": 4, "trajectory": 4, "caption": 4, "progress": 4, "affordance": 3, "next_step": 4}
     samples = MultimodalDataset(tmp_path / "b.parquet")
     kinds = [samples[i]["metadata"]["kind"] for i in range(len(samples))]
     assert kinds.count("caption") == 4 and "a red cup" in {samples[i]["answer"] for i in range(len(samples))}
     assert any("Open the box." in question for question in answers)
+
+
+def test_two_calibrated_cameras_show_the_gripper_in_both(tmp_path, processor):
+    """Through the command: the same point of the robot in two images, and no question where one does not see it."""
+    cameras = ["observation.images.front", "observation.images.side"]
+    features = {camera: {"dtype": "image", "shape": (SIDE, SIDE, 3)} for camera in cameras}
+    features |= {name: {"dtype": "float32", "shape": (3,)} for name in ("observation.state", "action")}
+    path = np.stack([np.full(4, 1.0), np.array([-0.2, 0.0, 0.2, 5.0]), np.linspace(0, 0.1, 4)], axis=1)
+    with LeRobotWriter(tmp_path / "d", fps=10, features=features) as writer:
+        for position in path:
+            images = {camera: picture(0, (SIDE, SIDE)) for camera in cameras}
+            writer.add_frame(images | {"observation.state": position, "action": position})
+        writer.save_episode("Reach.")
+    layout = [["left_ee_position", 3]]
+    robot = {"cameras": [[camera, camera] for camera in cameras], "control_frequency": 10, "action_horizon": 4}
+    processor = WallVLAProcessor(processor.image_processor, processor.tokenizer, longest_side=SIDE)
+    processor.add_embodiment("arm", robot | {"state_layout": layout, "action_layout": layout})
+    intrinsics = [[50, 0, SIDE / 2], [0, 50, SIDE / 2], [0, 0, 1]]
+    front = [[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 1], [0, 0, 0, 1]]  # one metre behind the base, looks along x
+    side = [[1, 0, 0, -1], [0, 0, -1, 0], [0, 1, 0, 2], [0, 0, 0, 1]]  # two metres to the right, looks along y
+    for name, extrinsics in (("front", front), ("side", side)):
+        values = {"intrinsics": intrinsics, "extrinsics": extrinsics, "size": [SIDE, SIDE]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    processor.save_pretrained(tmp_path / "hub")
+    command = ["data", "bridge", tmp_path / "hub", "--dataset", tmp_path / "d", "--embodiment", "arm", "--every", 1]
+    files = [tmp_path / "front.json", tmp_path / "side.json"]
+    command += ["--camera", "front", "side", "--output", tmp_path / "b.parquet", "--calibration"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([str(word) for word in [*command, files[0]]])
+    cli.main([str(word) for word in [*command, *files]])
+    samples = MultimodalDataset(tmp_path / "b.parquet")
+    found = [samples[i] for i in range(len(samples)) if samples[i]["metadata"]["kind"] == "multi_view"]
+    assert len(found) == 3  # in the fourth frame the gripper is beside the first image
+    for sample, (_, y, z) in zip(found, path[:3], strict=True):
+        assert len(sample["images"]) == 2 and "robot's gripper" in sample["text"]
+        (seen,), _ = processor.parse_grounding(sample["text"], (SIDE, SIDE))
+        (answer,), _ = processor.parse_grounding(sample["answer"], (SIDE, SIDE))
+        np.testing.assert_allclose(seen, [SIDE / 2 - 50 * y / 2, SIDE / 2 - 50 * z / 2], atol=1)
+        np.testing.assert_allclose(answer, [SIDE / 2, SIDE / 2 - 50 * z / (y + 2)], atol=1)
+
+
+def test_steps_and_plans_of_language_columns_become_questions(processor):
+    """Files of lerobot 0.6 with language columns: what is done now, and the whole plan."""
+    root = Path(__file__).parent / "fixtures" / "lerobot_real_v3_lang"
+    dataset = LeRobotDataset(root, embodiment="r", action_horizon=1, cameras=[])
+    with_plan = [position for position, language in enumerate(dataset.language) if language.plan]
+    assert with_plan
+    language = dataset.language[with_plan[0]]
+    frame = BridgeFrame(picture(0), "Reach.", next_step=language.steps[0][1], plan=language.plan)
+    found = {
+        (sample.text.split(". ")[1], sample.answer)
+        for seed in range(20)
+        for sample in bridge_samples(frame, processor, np.random.default_rng(seed), ["next_step"])
+    }
+    assert found == {
+        ("What should the robot do next?", language.steps[0][1]), ("What are the steps?", language.plan),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("coordinates", "factor"), [("pixel", 1.0), ("unit", 1 / 200), ("thousand", 5.0)])
+def test_boxes_of_an_annotator_become_questions(processor, coordinates, factor):
+    boxes = [("Red cup", [20, 40, 60, 100]), ("plate", [120, 30, 190, 90])]
+    boxes += [("fork", [1, 2, 3, 50]), ("fork", [9, 9, 30, 30])]
+    entries = [{"bbox_2d": [factor * number for number in box], "label": name} for name, box in boxes]
+    entries += [{"bbox_2d": [0, 0, 1e6, 3], "label": "table"}, {"bbox_2d": [1, 2], "label": "spoon"}, {"label": 3}]
+    answer = f"Sure:\n```json\n{json.dumps(entries)}\n```"
+    found = boxes_of_answer(answer, coordinates, (200, 200))
+    assert found.keys() == {"red cup", "plate"}  # two forks: which one? The table does not fit, the spoon has no box
+    np.testing.assert_allclose(found["red cup"], [20, 40, 60, 100])
+    assert boxes_of_answer("I see nothing.", coordinates, (200, 200)) == {}
+    frame = BridgeFrame(picture(0, (200, 200)), "Put the cup on the plate.")
+    asked = annotate(frame, lambda images, question: answer if "JSON" in question else "x", coordinates)
+    kinds = {sample.kind for sample in bridge_samples(asked, processor, np.random.default_rng(0))}
+    assert {"grounding", "pointing", "relation", "question"} <= kinds
+    assert annotate(frame, lambda images, question: answer).boxes == {}  # not asked for
 
 
 def test_simulator_ground_truth_becomes_bridge_data(tmp_path, processor):

@@ -163,7 +163,7 @@ EXPECTED = [
     (9, "near-constant"),
     (10, "anomalous length"),
     (12, "unreadable"),
-    (13, "timestamps"),
+    (13, "unreadable"),
 ]
 
 
@@ -175,6 +175,9 @@ def test_each_fault_is_found_once_and_nothing_else(tmp_path, spoiled):
     assert without_images == [each for each in EXPECTED if each[0] >= 9]
     with pytest.raises(ValueError, match="episode 12, frame 3 is NaN"):
         read(root, skip_errors=False)
+    late = inspect_dataset(read(root), progress=False).findings[-1]
+    assert "episode 13, frame 21 is 0.5000 s from frame / fps; the tolerance is 0.0250 s" in late.message
+    assert read(root, tolerance_s=0.6).skipped.keys() == {12}
 
 
 def test_plan_is_what_the_reader_applies(tmp_path, spoiled):
@@ -239,7 +242,8 @@ def test_data_commands(tmp_path, spoiled, capsys):
     spoil_rows(root)
     cli.main(["data", "inspect", str(root)])
     text = capsys.readouterr().out
-    assert "1 x swapped cameras" in text and "1 x unreadable" in text and "camera observation.images.front" in text
+    assert "timestamps within" in text and "tolerance 0.025 s" in text
+    assert "1 x swapped cameras" in text and "2 x unreadable" in text and "camera observation.images.front" in text
     output = tmp_path / "clean.json"
     cli.main(["data", "clean", str(root), "--dry-run", "--output", str(output)])
     assert "dry run" in capsys.readouterr().out and not output.exists()

@@ -5,17 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from hashlib import sha1
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from in_memory_hub import InMemoryHub, Repository
 
 from wallvla.data.hub import open_dataset
 from wallvla.data.items import LeRobotItems
@@ -29,67 +28,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # ---- the Hub -----------------------------------------------------------------------------------------------------
 
 
-class InMemoryHub(BaseHTTPRequestHandler):
-    """As much of the Hub's HTTP interface as reading a dataset needs."""
-
-    protocol_version = "HTTP/1.1"
-    files: dict[str, bytes] = {}
-    log: list[str] = []
-    commit = "a" * 40
-
-    def log_message(self, *arguments):
-        pass
-
-    def _answer(self, code: int, body: bytes = b"", **headers):
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _json(self, content):
-        self._answer(200, json.dumps(content).encode(), Content_Type="application/json")
-
-    def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        files = type(self).files
-        if path.startswith("/api/datasets/lab/arm"):
-            if "/tree/" in path:
-                entries = [
-                    {"type": "file", "path": name, "size": len(body), "oid": sha1(body).hexdigest()}
-                    for name, body in files.items()
-                ]
-                return self._json(entries)
-            siblings = [{"rfilename": name} for name in files]
-            return self._json(
-                {"id": "lab/arm", "_id": "0", "sha": self.commit, "private": False, "tags": [], "siblings": siblings,
-                 "downloads": 0, "likes": 0, "lastModified": "2026-01-01T00:00:00.000Z"}
-            )  # fmt: skip
-        prefix = "/datasets/lab/arm/resolve/"
-        name = path.removeprefix(prefix).partition("/")[2]
-        if path.startswith(prefix) and name in files:
-            if self.command == "GET":
-                type(self).log.append(name)
-            body = files[name]
-            return self._answer(200, body, ETag=f'"{sha1(body).hexdigest()}"', X_Repo_Commit=self.commit)
-        return self._answer(404, b"{}", X_Error_Code="RepoNotFound")
-
-    do_HEAD = do_GET
-
-
 @pytest.fixture
 def hub():
+    hub = InMemoryHub()
     root = FIXTURES / "lerobot_real_v21"
-    InMemoryHub.files = {
-        path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
-    }
-    InMemoryHub.log = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), InMemoryHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    hub.repositories["dataset", "lab/arm"] = Repository(files)
+    yield hub
+    hub.close()
 
 
 READ_FROM_HUB = """
@@ -105,15 +51,21 @@ print(json.dumps({"frames": len(dataset), "camera": dataset.camera_keys[0], "roo
 """
 
 
-def test_a_hub_dataset_downloads_only_what_it_reads(hub, tmp_path):
+def run_with_hub(code: str, hub: InMemoryHub, tmp_path: Path) -> subprocess.CompletedProcess:
+    """Runs code in a new process: `huggingface_hub` reads its settings when it is imported."""
     (tmp_path / "wallvla").symlink_to(ROOT, target_is_directory=True)
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
-        "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(tmp_path), "HF_HUB_DISABLE_XET": "1",
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(tmp_path),
+        "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", READ_FROM_HUB, str(tmp_path / "out.npz")],
+    return subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out.npz")],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+
+
+def test_a_hub_dataset_downloads_only_what_it_reads(hub, tmp_path):
+    done = run_with_hub(READ_FROM_HUB, hub, tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     local = LeRobotDataset(FIXTURES / "lerobot_real_v21", embodiment="r", action_horizon=3, episodes=[0, 3])
@@ -122,10 +74,38 @@ def test_a_hub_dataset_downloads_only_what_it_reads(hub, tmp_path):
     np.testing.assert_array_equal(arrays["states"], local.states)
     index = int(local.episode_bounds[1, 0]) + 5
     np.testing.assert_array_equal(arrays["pixels"], local.image(index, found["camera"]))
-    videos = [name for name in InMemoryHub.log if name.startswith("videos/")]
-    data = [name for name in InMemoryHub.log if name.startswith("data/")]
-    assert videos == [f"videos/chunk-000/{found['camera']}/episode_000003.mp4"]  # the one frame that was asked for
-    assert sorted(data) == [f"data/chunk-000/episode_{number:06d}.parquet" for number in (0, 3)]
+    got = {path.relative_to(found["root"]).as_posix() for path in Path(found["root"]).rglob("*") if path.is_file()}
+    assert {name for name in got if name.startswith("videos/")} == {
+        f"videos/chunk-000/{found['camera']}/episode_000003.mp4"  # of the one frame that was asked for
+    }
+    assert {name for name in got if name.startswith("data/")} == {
+        f"data/chunk-000/episode_{number:06d}.parquet" for number in (0, 3)
+    }
+
+
+READ_WITHOUT = """
+import shutil
+import huggingface_hub
+from wallvla.data.lerobot import LeRobotDataset
+read = lambda: LeRobotDataset("lab/arm", embodiment="r", action_horizon=3, episodes=[0, 3], skip_errors=True)
+dataset = read()
+print(dataset.skipped)
+shutil.rmtree(dataset.root / "data")
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+try:
+    read()
+except ConnectionError as error:
+    print("stopped:", error)
+"""
+
+
+def test_a_lost_file_is_skipped_and_a_lost_connection_is_not(hub, tmp_path):
+    """Ranks that skip what they cannot download would train on different episodes."""
+    del hub.repositories["dataset", "lab/arm"].files["data/chunk-000/episode_000003.parquet"]
+    done = run_with_hub(READ_WITHOUT, hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "{3: 'data/chunk-000/episode_000003.parquet is not in lab/arm at commit" in done.stdout
+    assert "stopped: data/chunk-000/episode_000000.parquet of lab/arm cannot be downloaded" in done.stdout
 
 
 def test_what_is_neither_folder_nor_hub_id(tmp_path):
@@ -217,8 +197,13 @@ def scratch(tmp_path_factory):
     return Path(shutil.copytree(FIXTURES / "lerobot_conv_v30", tmp_path_factory.mktemp("fuzz") / "d"))
 
 
-def read_all(root: Path):
-    dataset = LeRobotDataset(root, embodiment="r", action_horizon=2, cameras=[])
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory):
+    return Path(shutil.copytree(FIXTURES / "lerobot_real_v3_h264", tmp_path_factory.mktemp("fuzz") / "d"))
+
+
+def read_all(root: Path, cameras=()):
+    dataset = LeRobotDataset(root, embodiment="r", action_horizon=2, cameras=list(cameras))
     return [dataset[index] for index in (0, len(dataset) - 1)]
 
 
@@ -258,3 +243,93 @@ def test_damaged_bytes_are_read_or_refused_with_a_reason(scratch, name, data):
             assert len(str(error)) > 20
     finally:
         path.write_bytes(original)
+
+
+CELLS = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**62), 2**62), st.floats(), st.text(max_size=4),
+    st.lists(st.integers(), max_size=2),
+)  # fmt: skip
+
+
+def read_or_refused(root: Path, cameras=()):
+    """Any exception but these two fails the test; what is read is complete."""
+    try:
+        samples = read_all(root, cameras)
+    except (ValueError, FileNotFoundError) as error:
+        assert len(str(error)) > 20
+        return
+    for sample in samples:
+        assert isinstance(sample["instruction"], str)
+        assert np.isfinite(sample["state"]).all() and np.isfinite(sample["actions"]).all()
+        assert isinstance(sample["episode_index"], int) and sample["episode_index"] >= 0
+
+
+@fuzz
+@given(st.sampled_from(["episodes", "tasks", "data", "episodes with a camera"]), CELLS, st.data())
+def test_fuzzed_cells_are_read_or_refused_with_a_reason(scratch, filmed, name, value, data):
+    """One cell of a table becomes something else, so its column changes type where it must, as pandas would do it."""
+    root, cameras = (filmed, ["wrist"]) if name.endswith("camera") else (scratch, [])
+    folder = {"tasks": "meta", "data": "data"}.get(name, "meta/episodes")
+    path = next((root / folder).rglob("tasks.parquet" if name == "tasks" else "*.parquet"))
+    original = path.read_bytes()
+    table = pq.read_table(path)
+    names = [name for name in table.column_names if not name.startswith("stats/")]  # nobody reads these
+    column = data.draw(st.sampled_from(names))
+    cells = table[column].to_pylist()
+    cells[data.draw(st.integers(0, len(cells) - 1))] = value
+    try:
+        changed = pa.array(cells)
+    except (pa.ArrowException, OverflowError):
+        changed = pa.array([str(cell) for cell in cells])
+    try:
+        pq.write_table(table.set_column(table.column_names.index(column), column, changed), path)
+        read_or_refused(root, cameras)
+    finally:
+        path.write_bytes(original)
+
+
+@fuzz
+@given(st.sampled_from(["dtype", "shape", "info", "names"]), CELLS, st.data())
+def test_fuzzed_features_are_read_or_refused_with_a_reason(scratch, key, value, data):
+    path = scratch / "meta" / "info.json"
+    original = path.read_text()
+    info = json.loads(original)
+    feature = data.draw(st.sampled_from(sorted(info["features"])))
+    info["features"][feature] |= {key: value}
+    try:
+        path.write_text(json.dumps(info))
+        read_or_refused(scratch)
+    finally:
+        path.write_text(original)
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    root = Path(shutil.copytree(FIXTURES / "lerobot_real_v21", tmp_path_factory.mktemp("fuzz") / "old"))
+    # As if only those episodes had been recorded whose data the fixture holds.
+    lines = [json.loads(line) for line in (root / "meta" / "episodes.jsonl").read_text().splitlines()]
+    kept = [each for each in lines if (root / f"data/chunk-000/episode_{each['episode_index']:06d}.parquet").is_file()]
+    info = json.loads((root / "meta" / "info.json").read_text())
+    info |= {"total_episodes": len(kept), "total_frames": sum(each["length"] for each in kept)}
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    (root / "meta" / "episodes.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    read_all(root)
+    return root
+
+
+@fuzz
+@given(st.sampled_from(["episodes", "tasks"]), CELLS, st.data())
+def test_fuzzed_lines_of_the_old_format_are_read_or_refused_with_a_reason(old, name, value, data):
+    path = old / "meta" / f"{name}.jsonl"
+    original = path.read_text()
+    lines = [json.loads(line) for line in original.splitlines()]
+    line = data.draw(st.integers(0, len(lines) - 1))
+    if data.draw(st.booleans()):
+        lines[line][data.draw(st.sampled_from(sorted(lines[line])))] = value
+    else:
+        lines[line] = value
+    try:
+        path.write_text("\n".join(map(json.dumps, lines)))
+        read_or_refused(old)
+    finally:
+        path.write_text(original)

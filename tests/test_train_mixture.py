@@ -1,6 +1,9 @@
 """`wallvla train` on a mixture: robots come along, epochs are exact, and a run resumes with another batch size."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ from wallvla.data.statistics import compute_statistics
 from wallvla.quickstart import QuickstartConfig, build_model, build_processor, embodiment
 
 
+ROOT = Path(__file__).resolve().parents[1]
 CAMERA = "observation.images.front"
 SIZE = 32
 
@@ -111,6 +115,42 @@ def test_a_run_resumes_exactly_with_another_batch_size(folder, tmp_path, draws):
     assert draws == list(range(16, 22))
 
 
+TWO_RANKS = """
+import json, os, sys
+from pathlib import Path
+from wallvla import cli
+from wallvla.data.mixture import CoTrainingMixture
+original = CoTrainingMixture._read
+def spy(self, number):
+    with open(Path(sys.argv[1]) / f"rank{os.environ['RANK']}", "a") as file:
+        print(number, file=file)
+    return original(self, number)
+CoTrainingMixture._read = spy
+cli.main(sys.argv[2:])
+"""
+
+
+def test_two_ranks_share_the_draws_and_one_goes_on(folder, tmp_path, draws):
+    """Two processes (gloo) use every draw once between them; one process then goes on with another batch size."""
+    (tmp_path / "wallvla").symlink_to(ROOT, target_is_directory=True)
+    (tmp_path / "ranks.py").write_text(TWO_RANKS)
+    options = {"model": folder / "hub", "mixture": folder / "mixture.yaml", "output_dir": tmp_path / "run"}
+    options |= {"max_steps": 2, "per_device_train_batch_size": 3, "save_steps": 2, "ddp_backend": "gloo"}
+    options |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False, "report_to": "none"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ranks.py", "."]
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    done = subprocess.run(
+        [*launch, "train", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    used = [list(map(int, (tmp_path / f"rank{rank}").read_text().split())) for rank in range(2)]
+    assert used == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
+    draws.clear()
+    train(folder, tmp_path / "run", max_steps=4, per_device_train_batch_size=2, dataloader_num_workers=0)
+    assert draws == list(range(12, 16))
+
+
 def test_epochs_are_exact(folder, tmp_path, draws):
     """5 trajectories of 6 frames, and one question for every three of them: 40 draws an epoch."""
     train(folder, tmp_path / "run", num_train_epochs=2, per_device_train_batch_size=8, save_strategy="no")
@@ -121,6 +161,7 @@ def test_options_that_exclude_each_other(folder, tmp_path, capsys):
     for options, message in (
         ({"dataset": folder / "first"}, "Give either a dataset or a mixture"),
         ({"clean": "clean.json"}, "Found clean beside mixture"),
+        ({"resample": True, "state_key": "qpos"}, "Found state_key, resample beside mixture"),
     ):
         with pytest.raises(SystemExit, match="2"):
             train(folder, tmp_path / "run", **options)

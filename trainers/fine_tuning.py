@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from transformers import AutoModel, AutoProcessor, TrainerCallback
@@ -20,12 +21,11 @@ from ..data.augmentation import (
     random_shift,
     vary_instruction,
 )
-from ..data.cleaning import read_plan
 from ..data.collator import Collator
 from ..data.lerobot import LeRobotDataset
 from ..data.mixture import CoTrainingMixture
 from ..data.multimodal import MultimodalDataset
-from ..data.recipe import build_mixture, read_recipe
+from ..data.recipe import ActionEntry, build_mixture, open_entry, read_recipe
 from ..data.statistics import compute_statistics
 from .co_training_config import CoTrainingConfig
 from .co_training_trainer import CoTrainingTrainer
@@ -66,6 +66,14 @@ class FineTuningArguments:
     )
     paraphrases: str | None = field(default=None, metadata={"help": "JSON: other wordings by instruction."})
     clean: str | None = field(default=None, metadata={"help": "What `wallvla data clean` wrote for the dataset."})
+    convert: str | None = field(
+        default=None, metadata={"help": "YAML of kinematics or relative commands (data/unification.py)."}
+    )
+    state_key: str = field(default="observation.state", metadata={"help": "Feature with the proprioception."})
+    action_key: str = field(default="action", metadata={"help": "Feature with the action; 'none' if there is none."})
+    resample: bool = field(
+        default=False, metadata={"help": "Steps at the robot's control_frequency, between frames where need be."}
+    )
     on_error: str = field(
         default="raise",
         metadata={"help": "Samples that cannot be read: raise, or skip and log.", "choices": ["raise", "skip"]},
@@ -75,8 +83,19 @@ class FineTuningArguments:
     def __post_init__(self):
         if (self.dataset is None) == (self.mixture is None):
             raise ValueError("Give either a dataset or a mixture.")
-        alone = ("embodiment", "embodiment_file", "cameras", "multimodal", "clean")
-        unused = [name for name in alone if self.mixture is not None and vars(self)[name] is not None]
+        alone = (
+            "embodiment",
+            "embodiment_file",
+            "cameras",
+            "multimodal",
+            "clean",
+            "convert",
+            "state_key",
+            "action_key",
+        )
+        alone += ("resample", "frames_in_memory")
+        defaults = {field.name: field.default for field in fields(self)}
+        unused = [name for name in alone if self.mixture is not None and vars(self)[name] != defaults[name]]
         if unused:
             raise ValueError(f"Found {', '.join(unused)} beside mixture, whose YAML says this for each dataset.")
 
@@ -92,8 +111,22 @@ def native_embodiment(dataset: LeRobotDataset, action_horizon: int) -> Embodimen
     )
 
 
+def entry_of(options: FineTuningArguments, name: str) -> ActionEntry:
+    """The dataset of the options as the entry that a mixture would have for it."""
+    return ActionEntry(
+        options.dataset,
+        name,
+        clean=options.clean,
+        convert=options.convert,
+        state_key=options.state_key,
+        action_key=None if options.action_key == "none" else options.action_key,
+        resample=options.resample,
+        frames_in_memory=options.frames_in_memory,
+    )
+
+
 def prepare_embodiment(options: FineTuningArguments, processor) -> str:
-    """Makes sure that the processor knows the robot of the dataset, statistics included. Returns its name."""
+    """Makes sure that the processor knows the robot of the dataset. Returns its name."""
     name = options.embodiment
     if name is None and not options.embodiment_file and len(processor.embodiments) == 1:
         name = next(iter(processor.embodiments))
@@ -101,17 +134,22 @@ def prepare_embodiment(options: FineTuningArguments, processor) -> str:
         return name  # the statistics that the checkpoint was trained with stay as they are
     name = name or Path(options.embodiment_file or options.dataset).stem
     if options.embodiment_file:
-        embodiment = Embodiment.from_dict(json.loads(Path(options.embodiment_file).read_text()))
-        cameras = list(embodiment.cameras)
+        processor.add_embodiment(name, json.loads(Path(options.embodiment_file).read_text()))
     else:
-        embodiment, cameras = None, options.cameras
-    horizon = processor.action_horizon if embodiment is None else embodiment.action_horizon
-    dataset = LeRobotDataset(options.dataset, embodiment=name, cameras=cameras, action_horizon=horizon)
-    if embodiment is None:
-        embodiment = native_embodiment(dataset, horizon)
-    values = embodiment.to_dict() | {"statistics": compute_statistics(dataset, embodiment)}
-    processor.add_embodiment(name, Embodiment.from_dict(values))
+        dataset = LeRobotDataset(
+            options.dataset, embodiment=name, cameras=options.cameras, action_horizon=processor.action_horizon
+        )
+        processor.add_embodiment(name, native_embodiment(dataset, processor.action_horizon))
     return name
+
+
+def add_statistics(processor, datasets: Sequence[LeRobotDataset]) -> None:
+    """Computes the statistics of the robots that have none, each over all of its datasets."""
+    for name in dict.fromkeys(dataset.embodiment for dataset in datasets):
+        robot = processor.embodiments[name]
+        if robot.statistics is None:
+            own = [dataset for dataset in datasets if dataset.embodiment == name]
+            processor.add_embodiment(name, replace(robot, statistics=compute_statistics(own, robot)))
 
 
 def add_robots(path: str, processor) -> None:
@@ -148,18 +186,11 @@ def prepare_mixture(options: FineTuningArguments, args: CoTrainingConfig, proces
         add_robots(options.mixture, processor)
         recipe = read_recipe(options.mixture)
         mixture = build_mixture(recipe, processor.embodiments, processor=processor, **common)
+        add_statistics(processor, [source.dataset for source in mixture.action_dataset.sources])
     else:
         name = prepare_embodiment(options, processor)
-        embodiment = processor.embodiments[name]
-        dataset = LeRobotDataset(
-            options.dataset,
-            embodiment=name,
-            cameras=list(embodiment.cameras),
-            action_horizon=embodiment.action_horizon,
-            keep=read_plan(options.clean) if options.clean else None,
-            frames_in_memory=options.frames_in_memory,
-            skip_errors=common["skip_errors"],
-        )
+        dataset = open_entry(entry_of(options, name), processor.embodiments[name], skip_errors=common["skip_errors"])
+        add_statistics(processor, [dataset])
         questions = MultimodalDataset(options.multimodal) if options.multimodal else None
         mixture = CoTrainingMixture(dataset, questions, multimodal_fraction=options.multimodal_fraction, **common)
     draws_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
