@@ -60,6 +60,11 @@ def add_op_namespace_prefix(op_name: str) -> str:
 '''
 
 
+def config() -> dict:
+    """What build.toml says."""
+    return tomllib.loads((PROJECT / "build.toml").read_text())
+
+
 def find_nvcc() -> str | None:
     """The CUDA compiler, or `None`."""
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -71,19 +76,19 @@ def cuda_version() -> str:
     return re.search(r"release (\d+\.\d+)", text)[1]
 
 
-def _variant(config: dict, backend: str) -> str:
+def _variant(project: dict, backend: str) -> str:
     tag = backend if backend == "cpu" else "cu" + cuda_version().replace(".", "")
-    abi = config["torch"]["stable-abi"][backend].replace(".", "")
+    abi = project["torch"]["stable-abi"][backend].replace(".", "")
     return f"torch-stable-abi{abi}-{tag}-{os.uname().machine}-linux"
 
 
-def _sources(config: dict, backend: str) -> list[str]:
-    kernels = [kernel["src"] for kernel in config["kernel"].values() if kernel["backend"] == backend]
-    return [*config["torch"]["src"], *(source for kernel in kernels for source in kernel)]
+def _sources(project: dict, backend: str) -> list[str]:
+    kernels = [kernel["src"] for kernel in project["kernel"].values() if kernel["backend"] == backend]
+    return [*project["torch"]["src"], *(source for kernel in kernels for source in kernel)]
 
 
-def _fingerprint(backend: str, archs: list[str]) -> str:
-    digest = hashlib.sha256(f"{torch.__version__} {backend} {archs}".encode())
+def _fingerprint(backend: str, archs: list[str], flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256(f"{torch.__version__} {backend} {archs} {flags}".encode())
     for path in sorted(PROJECT.rglob("*")):
         if path.suffix in {".cpp", ".h", ".cu", ".cuh", ".py", ".toml"} and "build" not in path.parts:
             if "tests" not in path.parts and "benchmarks" not in path.parts:
@@ -97,10 +102,10 @@ def _run(command: list) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))}\nended with status {done.returncode}:\n{done.stderr}")
 
 
-def _compile_commands(config: dict, backend: str, archs: list[str], name: str, folder: Path) -> dict[Path, list]:
+def _compile_commands(project: dict, backend: str, archs: list[str], name: str, folder: Path) -> dict[Path, list]:
     """Object file -> the command that makes it."""
     include = Path(torch.__file__).parent / "include"
-    major, minor = map(int, config["torch"]["stable-abi"][backend].split("."))
+    major, minor = map(int, project["torch"]["stable-abi"][backend].split("."))
     flags = [
         *(f"-I{path}" for path in (include, include / "torch/csrc/api/include", folder)),
         f"-I{sysconfig.get_paths()['include']}",
@@ -112,7 +117,7 @@ def _compile_commands(config: dict, backend: str, archs: list[str], name: str, f
         f"-DTORCH_TARGET_VERSION={major << 56 | minor << 48:#x}",
     ]
     commands = {}
-    for source in _sources(config, backend):
+    for source in _sources(project, backend):
         target = folder / (source.replace("/", "_") + ".o")
         if source.endswith(".cu"):
             codes = [arch.replace(".", "") for arch in archs]
@@ -132,13 +137,13 @@ def _link(objects: list[Path], backend: str, target: Path) -> None:
     _run([*linker, "-shared", "-o", target, *objects, *libraries])
 
 
-def _metadata(config: dict, backend: str, archs: list[str], name: str, folder: Path) -> dict:
+def _metadata(project: dict, backend: str, archs: list[str], name: str, folder: Path) -> dict:
     files = {
         str(path.relative_to(folder)): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    general = config["general"]
+    general = project["general"]
     return {
         "id": name,
         "name": general["name"],
@@ -150,7 +155,13 @@ def _metadata(config: dict, backend: str, archs: list[str], name: str, folder: P
     }
 
 
-def build(backend: str, output: Path = PROJECT / "build", archs: list[str] | None = None, jobs: int = 2) -> Path:
+def build(
+    backend: str,
+    output: Path = PROJECT / "build",
+    archs: list[str] | None = None,
+    jobs: int = 2,
+    flags: tuple[str, ...] = (),
+) -> Path:
     """Builds a variant, unless the one in `output` is of the same sources; safe to call from several processes.
 
     Args:
@@ -158,6 +169,7 @@ def build(backend: str, output: Path = PROJECT / "build", archs: list[str] | Non
         output: folder of the variants.
         archs: compute capabilities such as "9.0"; those of build.toml when absent. CUDA only.
         jobs: compilers at a time.
+        flags: more flags for the compilers.
 
     Returns:
         The folder of the variant.
@@ -166,13 +178,13 @@ def build(backend: str, output: Path = PROJECT / "build", archs: list[str] | Non
         RuntimeError: a compiler failed, with what it said.
         FileNotFoundError: there is no nvcc.
     """
-    config = tomllib.loads((PROJECT / "build.toml").read_text())
+    project = config()
     if backend == "cuda":
         if find_nvcc() is None:
             raise FileNotFoundError("There is no nvcc: put the CUDA toolkit's bin folder into PATH.")
-        archs = archs or config["kernel"]["wallvla_cuda"]["cuda-capabilities"]
-    name = f"_{PACKAGE}_{backend}_{_fingerprint(backend, archs or [])}"
-    folder = output / _variant(config, backend)
+        archs = archs or project["kernel"]["wallvla_cuda"]["cuda-capabilities"]
+    name = f"_{PACKAGE}_{backend}_{_fingerprint(backend, archs or [], flags)}"
+    folder = output / _variant(project, backend)
     output.mkdir(parents=True, exist_ok=True)
     with open(output / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -184,14 +196,14 @@ def build(backend: str, output: Path = PROJECT / "build", archs: list[str] | Non
             objects.mkdir()
             (objects / "registration.h").write_text(REGISTRATION)
             shutil.copytree(PROJECT / "torch-ext" / PACKAGE, fresh, ignore=shutil.ignore_patterns("__pycache__"))
-            commands = _compile_commands(config, backend, archs or [], name, objects)
+            commands = _compile_commands(project, backend, archs or [], name, objects)
             # The slowest first
             ordered = sorted(commands.values(), key=lambda command: not str(command[-3]).endswith(".cu"))
             with ThreadPoolExecutor(jobs) as pool:
-                list(pool.map(_run, ordered))
+                list(pool.map(lambda command: _run([*command, *flags]), ordered))
             _link(list(commands), backend, fresh / f"{name}.abi3.so")
             (fresh / "_ops.py").write_text(OPS.format(id=name))
-            described = _metadata(config, backend, archs or [], name, fresh)
+            described = _metadata(project, backend, archs or [], name, fresh)
             (fresh / "metadata.json").write_text(json.dumps(described, indent=2))
             shutil.rmtree(folder, ignore_errors=True)
             fresh.rename(folder)

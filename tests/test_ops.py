@@ -110,9 +110,9 @@ def test_swiglu_in_scalars():
 
 @pytest.fixture
 def fresh_load():
-    ops_wallvla._load_ops.cache_clear()
+    ops_wallvla._load_kernels.cache_clear()
     yield
-    ops_wallvla._load_ops.cache_clear()
+    ops_wallvla._load_kernels.cache_clear()
 
 
 @pytest.mark.parametrize("installed", [True, False])

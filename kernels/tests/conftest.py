@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch
 
 
 PROJECT = Path(__file__).resolve().parents[1]
+# A vector at an address that is no multiple of its size ends the process; on a GPU it is an error, on x86 it is not
+TRAP = "-fsanitize-undefined-trap-on-error"
 
 
 def load_file(name: str, path: Path) -> ModuleType:
@@ -39,22 +43,52 @@ def reference() -> ModuleType:
     return load_file("ops_wallvla", PROJECT.parent / "ops_wallvla.py")
 
 
-@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> str:
+@pytest.fixture(scope="session", params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request) -> str:
+    """ "emulated": the CUDA sources, run by a CPU (`cuda_on_cpu.h`)."""
     return request.param
 
 
 @pytest.fixture(scope="session")
-def load_variant(builder) -> Callable[[str], ModuleType]:
+def device(backend) -> str:
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def emulated_project(folder: Path) -> Path:
+    """A copy of the project whose CPU backend are the CUDA sources, with kernel launches as calls. Its builder."""
+    shutil.copytree(PROJECT, folder, ignore=shutil.ignore_patterns("build", "tests", "benchmarks", "__pycache__"))
+    shutil.copy(PROJECT / "tests" / "cuda_on_cpu.h", folder / "common")
+    header = folder / "common" / "cuda.cuh"
+    header.write_text(
+        re.sub("#include <cuda_.*>\n", "", header.read_text()).replace(
+            "#include <climits>", '#include <climits>\n#include "cuda_on_cpu.h"'
+        )
+    )
+    launch = re.compile(r"(\w+<[\w, ]+>)<<<(.+?), 0, queue>>>\((.*?)\);")
+    for source in sorted(folder.glob("*/*_cuda.cu")):
+        text, launches = launch.subn(r"cuda_on_cpu::run_grid(\2, [&] { \1(\3); });", source.read_text())
+        assert launches and "<<<" not in text
+        Path(str(source).replace("_cuda.cu", "_cpu.cpp")).write_text(text)
+    return folder / "build_without_nix.py"
+
+
+@pytest.fixture(scope="session")
+def load_variant(builder, tmp_path_factory) -> Callable[[str], ModuleType]:
     """Builds a backend and imports it, once: a process can register its operations only once."""
     loaded = {}
 
+    def build(backend: str) -> Path:
+        if backend == "cuda":
+            return builder.build("cuda", archs=["{}.{}".format(*torch.cuda.get_device_capability())])
+        if backend == "cpu":
+            return builder.build("cpu")
+        path = emulated_project(tmp_path_factory.mktemp("emulated") / "kernels")
+        output = PROJECT / "build" / "emulated"
+        return load_file("build_emulated", path).build("cpu", output, flags=("-O1", "-fsanitize=alignment", TRAP))
+
     def load(backend: str) -> ModuleType:
         if backend not in loaded:
-            archs = None
-            if backend == "cuda":
-                archs = ["{}.{}".format(*torch.cuda.get_device_capability())]
-            variant = builder.build(backend, archs=archs)
+            variant = build(backend)
             name = json.loads((variant / "metadata.json").read_text())["id"]
             loaded[backend] = load_file(name, variant / "__init__.py")
         return loaded[backend]
@@ -63,9 +97,9 @@ def load_variant(builder) -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture(scope="session")
-def kernels(device, load_variant) -> ModuleType:
-    """The package of the kernels for `device`."""
-    return load_variant(device)
+def kernels(backend, load_variant) -> ModuleType:
+    """The package of the kernels, of one backend."""
+    return load_variant(backend)
 
 
 @pytest.fixture(scope="session")

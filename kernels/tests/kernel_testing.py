@@ -1,11 +1,17 @@
 """What the tests of all kernels share: inputs, layouts and the tolerance."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# For what depends on Python alone
+compiled_backends = pytest.mark.parametrize(
+    "backend", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True, scope="session"
+)
 
 # Sizes are few and small, and the first example loads a library
 property_test = settings(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_testing import DTYPES, assert_as_exact_as, property_test, randn, unaligned
+from kernel_testing import DTYPES, assert_as_exact_as, compiled_backends, property_test, randn, unaligned
 
 
 dtypes = st.sampled_from(DTYPES)
@@ -160,6 +160,7 @@ def test_writing_in_place_refuses_gradients(kernels, device):
         kernels.qkv_rope_store(qkv.view(1, 4, 48), *angles(1, 4, 8, device=device), cache, cache.clone(), 0)
 
 
+@compiled_backends
 def test_opcheck(ops, device):
     states, (cos, sin) = randn(2, 3, 5, 16, device=device), angles(2, 5, 16, device=device)
     torch.library.opcheck(ops.rope, (states.requires_grad_(), cos, sin, False))

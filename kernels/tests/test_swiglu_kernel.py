@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_testing import DTYPES, assert_as_exact_as, property_test, randn, unaligned
+from kernel_testing import DTYPES, assert_as_exact_as, compiled_backends, property_test, randn, unaligned
 
 
 @property_test
@@ -47,6 +47,7 @@ def test_large_gates(kernels, reference, device, dtype):
     torch.testing.assert_close(of_kernel, of_torch)
 
 
+@compiled_backends
 def test_opcheck(ops, device):
     gate_up = randn(3, 16, device=device).requires_grad_()
     torch.library.opcheck(ops.swiglu, (gate_up,))
@@ -77,6 +78,7 @@ def layer(ops, hidden, residual, weight, cos, sin, keys, values, packed):
     return ops.swiglu(mixed) + residual[..., : width // 2] + keys.sum() + values.sum()
 
 
+@compiled_backends
 def test_all_kernels_compile_into_one_graph(kernels, reference, device):
     width, head = 32, 16
     cos, sin = randn(1, 5, head, device=device, seed=1), randn(1, 5, head, device=device, seed=2)
