@@ -1,6 +1,5 @@
 """The kernels under test, built here where needed, and the functions of torch that they have to equal."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -11,19 +10,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from kernel_testing import PROJECT, load_file
 
 
-PROJECT = Path(__file__).resolve().parents[1]
 # A vector at an address that is no multiple of its size ends the process; on a GPU it is an error, on x86 it is not
 TRAP = "-fsanitize-undefined-trap-on-error"
-
-
-def load_file(name: str, path: Path) -> ModuleType:
-    """Imports a file under a name."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

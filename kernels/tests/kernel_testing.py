@@ -1,4 +1,9 @@
-"""What the tests of all kernels share: inputs, layouts and the tolerance."""
+"""What the tests of all kernels share: loading, inputs, layouts and the tolerance."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -6,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 
+PROJECT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 # For what depends on Python alone
@@ -17,6 +23,14 @@ compiled_backends = pytest.mark.parametrize(
 property_test = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
 )
+
+
+def load_file(name: str, path: Path) -> ModuleType:
+    """Imports a file under a name."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def randn(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

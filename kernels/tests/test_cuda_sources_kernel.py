@@ -1,12 +1,9 @@
 """The CUDA backend compiles and links for every architecture that the project names, without a GPU."""
 
 import json
-from pathlib import Path
 
 import pytest
-
-
-PROJECT = Path(__file__).resolve().parents[1]
+from kernel_testing import PROJECT
 
 
 def test_cuda_sources_compile_for_all_architectures(builder):

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernel_testing import PROJECT
 
 
-PROJECT = Path(__file__).resolve().parents[1]
 pytest.importorskip("kernels._rust", reason="the package that loads Hub kernels is not installed")
 
 # Without a package around it, the file of the project's root behaves as in the Hub's remote code
