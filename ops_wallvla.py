@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import HTTPError  # of the HTTP library that this release of the Hub's client uses
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging
@@ -199,7 +200,7 @@ def _load_kernels(device_type: str, trust_remote_code: bool) -> ModuleType | Non
             KERNELS_REPOSITORY, version=KERNELS_VERSION, backend=device_type, trust_remote_code=trust_remote_code
         )
     # Not installed; not in the cache, no network or no build for this machine; not trusted; for other GPUs
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, HTTPError, ValueError, RuntimeError) as error:
         logger.warning(f"{KERNELS_REPOSITORY} is not used on {device_type}, torch takes its place: {error}")
         return None
 

@@ -19,7 +19,9 @@ import sys
 import sysconfig
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -155,6 +157,17 @@ def _metadata(project: dict, backend: str, archs: list[str], name: str, folder: 
     }
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; a folder can be locked like a file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def build(
     backend: str,
     output: Path = PROJECT / "build",
@@ -186,8 +199,7 @@ def build(
     name = f"_{PACKAGE}_{backend}_{_fingerprint(backend, archs or [], flags)}"
     folder = output / _variant(project, backend)
     output.mkdir(parents=True, exist_ok=True)
-    with open(output / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(output):
         metadata = folder / "metadata.json"
         if metadata.exists() and json.loads(metadata.read_text())["id"] == name:
             return folder

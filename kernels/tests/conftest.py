@@ -29,6 +29,12 @@ def builder() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def builds(pytestconfig) -> Path:
+    """Folder of test builds, kept between runs: not `build/`, which is what gets published."""
+    return Path(pytestconfig.cache.mkdir("kernels"))
+
+
+@pytest.fixture(scope="session")
 def reference() -> ModuleType:
     """`ops_wallvla.py`: it has no imports of ours, so that it needs no package around it."""
     return load_file("ops_wallvla", PROJECT.parent / "ops_wallvla.py")
@@ -64,18 +70,18 @@ def emulated_project(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def load_variant(builder, tmp_path_factory) -> Callable[[str], ModuleType]:
+def load_variant(builder, builds, tmp_path_factory) -> Callable[[str], ModuleType]:
     """Builds a backend and imports it, once: a process can register its operations only once."""
     loaded = {}
 
     def build(backend: str) -> Path:
         if backend == "cuda":
-            return builder.build("cuda", archs=["{}.{}".format(*torch.cuda.get_device_capability())])
+            return builder.build("cuda", builds, archs=["{}.{}".format(*torch.cuda.get_device_capability())])
         if backend == "cpu":
-            return builder.build("cpu")
+            return builder.build("cpu", builds)
         path = emulated_project(tmp_path_factory.mktemp("emulated") / "kernels")
-        output = PROJECT / "build" / "emulated"
-        return load_file("build_emulated", path).build("cpu", output, flags=("-O1", "-fsanitize=alignment", TRAP))
+        flags = ("-O1", "-fsanitize=alignment", TRAP)
+        return load_file("build_emulated", path).build("cpu", builds / "emulated", flags=flags)
 
     def load(backend: str) -> ModuleType:
         if backend not in loaded:

@@ -3,15 +3,14 @@
 import json
 
 import pytest
-from kernel_testing import PROJECT
 
 
-def test_cuda_sources_compile_for_all_architectures(builder):
+def test_cuda_sources_compile_for_all_architectures(builder, builds):
     if builder.find_nvcc() is None:
         pytest.skip("There is no nvcc on this machine")
     archs = builder.config()["kernel"]["wallvla_cuda"]["cuda-capabilities"]
     assert archs == ["8.0", "8.9", "9.0", "10.0", "12.0"]
-    variant = builder.build("cuda", PROJECT / "build" / "all")
+    variant = builder.build("cuda", builds / "all")
     metadata = json.loads((variant / "metadata.json").read_text())
     assert metadata["backend"] == {"type": "cuda", "archs": archs}
     library = (variant / f"{metadata['id']}.abi3.so").read_bytes()

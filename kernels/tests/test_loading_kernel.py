@@ -23,10 +23,10 @@ gate_up = torch.randn(3, 16)
 
 
 @pytest.fixture(scope="module")
-def repository(builder, tmp_path_factory) -> Path:
+def repository(builder, builds, tmp_path_factory) -> Path:
     """A folder laid out as the Hub repository, with the CPU variant."""
-    folder = tmp_path_factory.mktemp("repository")
-    shutil.copytree(builder.build("cpu"), folder / "build" / builder.build("cpu").name)
+    folder, variant = tmp_path_factory.mktemp("repository"), builder.build("cpu", builds)
+    shutil.copytree(variant, folder / "build" / variant.name)
     return folder
 
 

@@ -55,7 +55,7 @@ def test_rope(kernels, reference, device, batch, heads, length, width, dtype, la
     room=st.integers(0, 3),
     width=widths,
     dtype=dtypes,
-    layout=st.sampled_from(["contiguous", "layers", "part", "unaligned"]),
+    layout=st.sampled_from(["contiguous", "layers", "part", "unaligned qkv", "unaligned caches"]),
 )
 def test_qkv_rope_store(
     kernels, reference, device, batch, query_heads, kv_heads, length, start, room, width, dtype, layout
@@ -71,8 +71,10 @@ def test_qkv_rope_store(
         keys, values = keys[:, :, 2 : 2 + shape[2]], values[:, :, 2 : 2 + shape[2]]
     else:
         keys, values = (randn(*shape, device=device, dtype=dtype, seed=s) for s in (1, 2))
-        if layout == "unaligned":
-            qkv, keys, values = unaligned(qkv), unaligned(keys), unaligned(values)
+        if layout == "unaligned qkv":
+            qkv = unaligned(qkv)
+        elif layout == "unaligned caches":
+            keys, values = unaligned(keys), unaligned(values)
     expected, exact = [keys.clone(), values.clone()], doubled(keys, values)
 
     queries = kernels.qkv_rope_store(qkv, cos, sin, keys, values, start)
