@@ -1,7 +1,7 @@
 // As much of CUDA as our kernels use, for one CPU thread: tests run every line of them without a GPU.
 //
-// Blocks run one after another. The threads of a block are fibers, and each runs up to a point where threads meet
-// (__syncthreads, a shuffle) before the next one runs, so a missing barrier shows as a wrong result.
+// Blocks run one after another. The threads of a block are fibers. Those of a warp meet at a shuffle, all of them at
+// __syncthreads, and between two barriers the warps run one after another: a missing barrier shows as a wrong result.
 #pragma once
 
 #include <ucontext.h>
@@ -58,10 +58,12 @@ inline Dim threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
+enum class State { running, at_barrier, done };
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(1 << 16);
-  bool done;
+  State state;
 };
 
 inline std::vector<Fiber> fibers(1024);
@@ -69,15 +71,31 @@ inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline float exchanged[1024];
 
-inline void meet() {
+// Lets the others of the warp, or at a barrier of the block, come here too
+inline void meet(State state) {
   const unsigned self = threadIdx.x;
+  fibers[self].state = state;
   swapcontext(&fibers[self].context, &scheduler);
   threadIdx.x = self;
 }
 
 inline void start() {
   body();
-  fibers[threadIdx.x].done = true;
+  fibers[threadIdx.x].state = State::done;
+}
+
+// Runs the fibers of a warp up to the next barrier
+inline void run_warp(unsigned first) {
+  for (bool running = true; running;) {
+    running = false;
+    for (unsigned i = first; i < first + 32; ++i) {
+      if (fibers[i].state == State::running) {
+        threadIdx.x = i;
+        swapcontext(&scheduler, &fibers[i].context);
+        running = true;
+      }
+    }
+  }
 }
 
 inline void run_block(unsigned threads) {
@@ -87,15 +105,17 @@ inline void run_block(unsigned threads) {
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
     fiber.context.uc_link = &scheduler;
-    fiber.done = false;
+    fiber.state = State::running;
     makecontext(&fiber.context, start, 0);
   }
   for (bool running = true; running;) {
     running = false;
+    for (unsigned first = 0; first < threads; first += 32) {
+      run_warp(first);
+    }
     for (unsigned i = 0; i < threads; ++i) {
-      if (!fibers[i].done) {
-        threadIdx.x = i;
-        swapcontext(&scheduler, &fibers[i].context);
+      if (fibers[i].state == State::at_barrier) {
+        fibers[i].state = State::running;
         running = true;
       }
     }
@@ -114,12 +134,12 @@ inline void run_grid(unsigned blocks, unsigned threads, std::function<void()> ke
 
 }  // namespace cuda_on_cpu
 
-inline void __syncthreads() { cuda_on_cpu::meet(); }
+inline void __syncthreads() { cuda_on_cpu::meet(cuda_on_cpu::State::at_barrier); }
 
 inline float __shfl_xor_sync(unsigned, float value, int offset) {
   cuda_on_cpu::exchanged[threadIdx.x] = value;
-  cuda_on_cpu::meet();
+  cuda_on_cpu::meet(cuda_on_cpu::State::running);
   const float received = cuda_on_cpu::exchanged[threadIdx.x ^ offset];
-  cuda_on_cpu::meet();
+  cuda_on_cpu::meet(cuda_on_cpu::State::running);
   return received;
 }

@@ -44,7 +44,10 @@ def unaligned(tensor: Tensor) -> Tensor:
 
 
 def assert_as_exact_as(actual: Tensor, reference: Tensor, exact: Tensor) -> None:
-    """The largest error is at most twice that of torch in the same dtype, or twice one rounding if torch had luck.
+    """The largest error is at most twice that of torch in the same dtype.
+
+    On a few numbers torch may have luck, so its error counts as at least what rounding makes inevitable: one rounding
+    of the largest number in 16 bits; four in float32, where the arithmetic itself rounds at each step.
 
     Args:
         actual, reference: results of the kernel and of torch, of one dtype.
@@ -54,7 +57,8 @@ def assert_as_exact_as(actual: Tensor, reference: Tensor, exact: Tensor) -> None
     assert actual.shape == reference.shape == exact.shape
     if actual.numel() == 0:
         return
-    one_rounding = torch.finfo(actual.dtype).eps / 2 * exact.abs().max()
-    allowed = 2 * torch.maximum((reference.double() - exact).abs().max(), one_rounding)
+    roundings = 4 if actual.dtype == torch.float32 else 1
+    inevitable = roundings * torch.finfo(actual.dtype).eps / 2 * exact.abs().max()
+    allowed = 2 * torch.maximum((reference.double() - exact).abs().max(), inevitable)
     error = (actual.double() - exact).abs().max()
     assert error <= allowed, f"error {error:.3g} against {allowed:.3g}"

@@ -22,13 +22,14 @@ def exact_norm(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     width=st.sampled_from([1, 3, 8, 24, 100, 1024, 1030, 1280, 2048, 4500]),
     dtype=st.sampled_from(DTYPES),
     float32_weight=st.booleans(),
-    at_an_odd_address=st.booleans(),
+    at_an_odd_address=st.sampled_from([None, 0, 1, 2]),
 )
 def test_add_rms_norm(kernels, reference, device, rows, width, dtype, float32_weight, at_an_odd_address):
-    states, residual = (3 * randn(rows, width, device=device, dtype=dtype, seed=s) for s in (0, 1))
-    if at_an_odd_address:
-        states, residual = unaligned(states), unaligned(residual)
-    weight = randn(width, device=device, dtype=torch.float32 if float32_weight else dtype, seed=2)
+    inputs = [3 * randn(rows, width, device=device, dtype=dtype, seed=s) for s in (0, 1)]
+    inputs.append(randn(width, device=device, dtype=torch.float32 if float32_weight else dtype, seed=2))
+    if at_an_odd_address is not None:
+        inputs[at_an_odd_address] = unaligned(inputs[at_an_odd_address])
+    states, residual, weight = inputs
     normed, total = kernels.add_rms_norm(states, residual, weight, EPS, float32_weight)
     expected, expected_total = reference.add_rms_norm(states, residual, weight, EPS, float32_weight)
     assert torch.equal(total, expected_total)
@@ -40,12 +41,16 @@ def test_add_rms_norm(kernels, reference, device, rows, width, dtype, float32_we
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("float32_weight", [True, False])
-@pytest.mark.parametrize("rows, width", [(5, 24), (300, 7), (3, 1030)])
-def test_gradient(kernels, reference, device, dtype, float32_weight, rows, width):
+@pytest.mark.parametrize(
+    "rows, width, at_an_odd_address", [(37, 120, None), (37, 120, 0), (37, 120, 1), (300, 70, None), (3, 1030, None)]
+)
+def test_gradient(kernels, reference, device, dtype, float32_weight, rows, width, at_an_odd_address):
     """More rows than parts of the weight's gradient (256), and more columns than threads, among them."""
     states, residual = (randn(rows, width, device=device, dtype=dtype, seed=s).requires_grad_() for s in (0, 1))
     weight = randn(width, device=device, dtype=torch.float32 if float32_weight else dtype, seed=2).requires_grad_()
     grads = [randn(rows, width, device=device, dtype=dtype, seed=s) for s in (3, 4)]
+    if at_an_odd_address is not None:
+        grads[at_an_odd_address] = unaligned(grads[at_an_odd_address])
     inputs = [states, residual, weight]
 
     of_kernel = torch.autograd.grad(kernels.add_rms_norm(*inputs, EPS, float32_weight), inputs, grads)

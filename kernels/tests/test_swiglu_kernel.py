@@ -23,9 +23,11 @@ def test_swiglu(kernels, reference, device, shape, width, dtype, at_an_odd_addre
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [5, 64])
-def test_gradient(kernels, reference, device, dtype, width):
+@pytest.mark.parametrize("layout", ["transposed", "unaligned"])
+def test_gradient(kernels, reference, device, dtype, width, layout):
     gate_up = (4 * randn(3, 7, 2 * width, device=device, dtype=dtype)).requires_grad_()
     grad = randn(7, 3, width, device=device, dtype=dtype, seed=1).transpose(0, 1)
+    grad = unaligned(grad) if layout == "unaligned" else grad
 
     def gradient(function, gate_up, grad):
         return torch.autograd.grad(function(gate_up), gate_up, grad)[0]
