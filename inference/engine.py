@@ -60,8 +60,7 @@ class Bucket:
             grids.append([side // vision.patch_size for side in reversed(sizes[-1])])
         merge = vision.spatial_merge_size
         window = vision.window_size // merge // vision.patch_size
-        frequencies = forward.visual.rotary_pos_emb.inv_freq.float().cpu()
-        self.plan = plan_vision(np.array(grids), merge, window, frequencies, device)
+        self.plan = plan_vision(np.array(grids), merge, window, forward.visual.rotary_pos_emb.inv_freq.float())
         expert, horizon = forward.config.action_expert, forward.config.action_horizon
         places = key.batch, expert.num_key_value_heads, key.length + horizon, expert.head_dim
         self.caches = torch.zeros(expert.num_hidden_layers, 2, *places, dtype=forward.dtype, device=device)

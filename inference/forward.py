@@ -8,7 +8,7 @@ T Euler steps.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
@@ -22,6 +22,10 @@ from ..ops_wallvla import Ops, action_attention_mask, sinusoidal_embedding
 from .plans import VisionPlan, VisionRun
 from .preprocessing import FrameResizer, cut_patches
 from .weights import Block, Fp8Linear, Linear, decoder_block, linear, quantize_rows, vision_block
+
+
+# Only a description of the mask, without a tensor behind it; made once, as it cannot be made under a dispatch mode
+causal_mask = lru_cache(maxsize=256)(causal_lower_right)
 
 
 class PolicyForward:
@@ -133,7 +137,7 @@ class PolicyForward:
             hidden = torch.where(here, state[:, None].to(hidden.dtype), hidden)
         positions = inputs["positions"][:, :, start:stop].permute(1, 2, 0)  # (B, S, 3)
         angles = positions[..., self.rope_axis].float() * self.text.rotary_emb.inv_freq.float()  # (B, S, P / 2)
-        mask = causal_lower_right(stop - start, stop)
+        mask = causal_mask(stop - start, stop)
 
         def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             keys, values = keys[:, :, :stop], values[:, :, :stop]

@@ -54,17 +54,14 @@ class VisionPlan:
     sin: Tensor
 
 
-def plan_vision(
-    grids: np.ndarray, merge: int, window: int, inverse_frequencies: Tensor, device: torch.device
-) -> VisionPlan:
+def plan_vision(grids: np.ndarray, merge: int, window: int, inverse_frequencies: Tensor) -> VisionPlan:
     """Plans the images of a call.
 
     Args:
         grids: patch rows and columns of each image, (images, 2) int64.
         merge: side of the blocks of patches that become one token.
         window: side of an attention window, in merged tokens.
-        inverse_frequencies: of the axial rope, (P / 4,) float32 on the CPU.
-        device: of the result.
+        inverse_frequencies: of the axial rope, (P / 4,) float32, on the device of the result.
     """
     runs, orders, positions, start = [], [], [], 0
     for (rows, columns), run in groupby(map(tuple, grids.tolist())):
@@ -77,10 +74,10 @@ def plan_vision(
             orders.append(order + start)
             positions.append(blocks[order].reshape(-1, 2))
             start += len(order)
-    positions = torch.from_numpy(np.concatenate(positions)).float()  # (patches, 2)
-    angles = (positions[..., None] * inverse_frequencies).flatten(1).repeat(1, 2)  # (patches, P)
-    order = torch.from_numpy(np.concatenate(orders))
-    return VisionPlan(runs, *(tensor.to(device) for tensor in (order, angles.cos(), angles.sin())))
+    device = inverse_frequencies.device
+    places = torch.from_numpy(np.concatenate(positions)).to(device).float()  # (patches, 2)
+    angles = (places[..., None] * inverse_frequencies).flatten(1).repeat(1, 2)  # (patches, P)
+    return VisionPlan(runs, torch.from_numpy(np.concatenate(orders)).to(device), angles.cos(), angles.sin())
 
 
 def rope_positions(is_image: np.ndarray, grids: np.ndarray) -> tuple[np.ndarray, int]:
