@@ -48,7 +48,7 @@ FP8_GATE = 0.05  # relative L2 error against float32
 
 def scaled_config() -> WallVLAConfig:
     """36 layers like Wall-OSS-0.5, each of them small enough for a CPU."""
-    config = WallVLAConfig.tiny(action_dim=26, action_horizon=32, num_inference_steps=10)
+    config = WallVLAConfig.tiny(vocab_size=1024, action_dim=26, action_horizon=32, num_inference_steps=10)
     values = config.to_dict()
     values["vlm_config"]["text_config"] |= {"num_hidden_layers": 36, "layer_types": None, "max_window_layers": 36}
     values["vlm_config"]["vision_config"] |= {"patch_size": 14, "window_size": 112, "temporal_patch_size": 2}
