@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.utils import ModelOutput
@@ -121,6 +122,7 @@ class PrefixReader:
         return self.keys, self.values
 
 
+@use_kernel_forward_from_hub("WallVLARMSNorm")
 class WallVLARMSNorm(nn.Module):
     """RMS norm in float32 that multiplies by its weight before it casts back; Qwen casts first (Wall-OSS)."""
 

@@ -2,6 +2,7 @@
 
 `fast_ops(device)` gives the fused kernels of `kernels/` where they can be loaded and `TORCH_OPS`, the functions below,
 where they cannot. Both are an `Ops`: the same names, arguments and results, so that whoever runs them takes either.
+`model.set_use_kernels(True)` reaches the same kernels through `HubLayer`.
 
 Shapes: B samples, S tokens, N heads (Nq of queries, Nkv of keys and values), P width of a head, L places of a cache.
 """
@@ -9,18 +10,20 @@ Shapes: B samples, S tokens, N heads (Nq of queries, Nkv of keys and values), P 
 import functools
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from huggingface_hub.errors import HTTPError  # of the HTTP library that this release of the Hub's client uses
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
 
 try:
-    from kernels import get_kernel
+    from kernels import get_kernel, register_kernel_mapping
 except ImportError:  # optional; in a checkout without the package, `kernels` is the folder of that name
-    get_kernel = None
+    get_kernel = register_kernel_mapping = None
 
 logger = logging.get_logger(__name__)
 
@@ -189,18 +192,17 @@ TORCH_OPS = Ops(rope, qkv_rope_store, vision_rope_, rms_norm, add_rms_norm, swig
 
 
 @functools.cache
-def _load_ops(device_type: str, trust_remote_code: bool) -> Ops:
+def _load_kernels(device_type: str, trust_remote_code: bool) -> ModuleType | None:
     try:
         if get_kernel is None:
             raise ImportError("the package `kernels` is not installed")
-        module = get_kernel(
+        return get_kernel(
             KERNELS_REPOSITORY, version=KERNELS_VERSION, backend=device_type, trust_remote_code=trust_remote_code
         )
     # Not installed; not in the cache, no network or no build for this machine; not trusted; for other GPUs
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, HTTPError, ValueError, RuntimeError) as error:
         logger.warning(f"{KERNELS_REPOSITORY} is not used on {device_type}, torch takes its place: {error}")
-        return TORCH_OPS
-    return Ops(*(vars(module)[name] for name in Ops._fields))
+        return None
 
 
 def fast_ops(device: torch.device | str, trust_remote_code: bool = False) -> Ops:
@@ -212,4 +214,35 @@ def fast_ops(device: torch.device | str, trust_remote_code: bool = False) -> Ops
         device: where the tensors will be.
         trust_remote_code: load the kernels although the Hub does not list their publisher as trusted.
     """
-    return _load_ops(torch.device(device).type, trust_remote_code)
+    module = _load_kernels(torch.device(device).type, trust_remote_code)
+    return TORCH_OPS if module is None else Ops(*(vars(module)[name] for name in Ops._fields))
+
+
+class HubLayer:
+    """A layer of the Hub kernels for `kernels.register_kernel_mapping`.
+
+    Unlike `kernels.LayerRepository`, one that cannot be loaded leaves the model's own layer in its place, with the log
+    line of `fast_ops`.
+
+    Args:
+        layer_name: name of the layer in the kernels.
+        device_type: "cuda" or "cpu".
+        trust_remote_code: see `fast_ops`.
+    """
+
+    def __init__(self, layer_name: str, device_type: str, trust_remote_code: bool = False):
+        self.layer_name, self.device_type, self.trust_remote_code = layer_name, device_type, trust_remote_code
+
+    def __str__(self) -> str:
+        return f"`{KERNELS_REPOSITORY}` (version {KERNELS_VERSION}), layer `{self.layer_name}`"
+
+    def load(self) -> type[nn.Module]:
+        """The class; raises FileNotFoundError, after which `kernelize` falls back."""
+        module = _load_kernels(self.device_type, self.trust_remote_code)
+        if module is None:
+            raise FileNotFoundError(f"{self} cannot be loaded, see the log.")
+        return vars(module.layers)[self.layer_name]
+
+
+if register_kernel_mapping is not None:  # a dictionary entry; nothing is loaded until a model asks
+    register_kernel_mapping({"WallVLARMSNorm": {"cuda": HubLayer("WallVLARMSNorm", "cuda")}})

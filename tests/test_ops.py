@@ -2,9 +2,14 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
+from kernels import use_kernel_mapping
+from tiny import tiny_batch, tiny_model
+from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
@@ -12,6 +17,7 @@ from wallvla import ops_wallvla
 from wallvla.modeling_wallvla import WallVLARMSNorm
 from wallvla.ops_wallvla import (
     TORCH_OPS,
+    HubLayer,
     Ops,
     add_rms_norm,
     fast_ops,
@@ -110,26 +116,33 @@ def test_swiglu_in_scalars():
 
 @pytest.fixture
 def fresh_load():
-    ops_wallvla._load_ops.cache_clear()
+    ops_wallvla._load_kernels.cache_clear()
     yield
-    ops_wallvla._load_ops.cache_clear()
+    ops_wallvla._load_kernels.cache_clear()
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_absent_kernels_fall_back_with_one_line_that_says_why(fresh_load, monkeypatch, tmp_path, caplog, installed):
-    if installed:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        monkeypatch.delenv("LOCAL_KERNELS", raising=False)
-    else:
-        monkeypatch.setattr(ops_wallvla, "get_kernel", None)
+@pytest.mark.parametrize(
+    "cause, reason",
+    [("no package", "not installed"), ("not cached", "not available in the local cache"), ("no network", "refused")],
+)
+def test_absent_kernels_fall_back_with_one_line_that_says_why(
+    fresh_load, monkeypatch, tmp_path, caplog, cause, reason
+):
+    def unreachable(repository, **options):
+        raise HTTPError("connection refused")
+
+    monkeypatch.delenv("LOCAL_KERNELS", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if cause != "not cached":
+        monkeypatch.setattr(ops_wallvla, "get_kernel", None if cause == "no package" else unreachable)
     monkeypatch.setattr(ops_wallvla.logger.parent, "propagate", True)
     with caplog.at_level(logging.WARNING):
         assert fast_ops("cpu") is TORCH_OPS
         assert fast_ops(torch.device("cpu")) is TORCH_OPS
     lines = [record.getMessage() for record in caplog.records if "torch takes its place" in record.getMessage()]
     assert len(lines) == 1
-    assert ("not available in the local cache" if installed else "not installed") in lines[0]
+    assert reason in lines[0]
 
 
 def test_a_device_without_a_backend_falls_back(fresh_load):
@@ -138,3 +151,35 @@ def test_a_device_without_a_backend_falls_back(fresh_load):
 
 def test_the_torch_ops_are_the_functions_of_their_names():
     assert TORCH_OPS == Ops(*(vars(ops_wallvla)[name] for name in Ops._fields))
+
+
+class CountedNorm(nn.Module):
+    """Stands for the layer of the Hub kernels; it must not have state, so it counts elsewhere."""
+
+    def forward(self, hidden):
+        CALLS.append(self)
+        return rms_norm(hidden, self.weight, self.eps, True)
+
+
+CALLS: list[nn.Module] = []
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_set_use_kernels_reaches_the_norms_of_both_experts(fresh_load, monkeypatch, present):
+    def get_kernel(repository, version, backend, trust_remote_code):
+        assert (repository, version, backend) == ("x-square/wallvla-kernels", 1, "cpu")
+        if present:
+            return SimpleNamespace(layers=SimpleNamespace(WallVLARMSNorm=CountedNorm))
+        raise FileNotFoundError("no build for this machine")
+
+    monkeypatch.setattr(ops_wallvla, "get_kernel", get_kernel)
+    CALLS.clear()
+    model, batch = tiny_model(norm_in_float32=True), tiny_batch()
+    noise = randn(2, model.config.action_horizon, model.config.action_dim)
+    expected = model.sample_actions(**batch, noise=noise)
+    with use_kernel_mapping({"WallVLARMSNorm": {"cpu": HubLayer("WallVLARMSNorm", "cpu")}}):
+        model.set_use_kernels(True)
+    torch.testing.assert_close(model.sample_actions(**batch, noise=noise), expected)
+    ours = [module for module in model.modules() if isinstance(module, WallVLARMSNorm)]
+    assert {id(module) for module in CALLS} == ({id(module) for module in ours} if present else set())
+    assert len(ours) > 4
