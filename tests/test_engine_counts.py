@@ -9,11 +9,10 @@ import torch
 from tiny import tiny_actions, tiny_batch, tiny_model
 from torch import nn
 
-from wallvla import quickstart
 from wallvla.modeling_wallvla import PrefixContext
 
 
-ROOT = Path(quickstart.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("latency", ROOT / "benchmarks" / "latency.py")
 latency = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(latency)
@@ -41,9 +40,11 @@ def test_operations_at_full_size(image_size):
 def test_operations_of_a_denoising_step():
     """36 layers; each operation is a launch on a GPU, and the launches are what eager mode waits for."""
     counts = latency.step_operations()
-    model, engine = (sum(counts[name].values()) for name in ("model", "engine"))
+    model, engine, fused = (sum(each.values()) for each in counts.values())
     products = {name: number for name, number in counts["engine"].items() if name in ("mm", "addmm", "linear")}
     assert engine < 0.75 * model, dict(counts["engine"])
+    # Per layer four products, two norms, rope with its stores, attention, the copy of its result, SwiGLU
+    assert fused <= 10 * 36 + 40, dict(counts["engine with kernels"])
     assert sum(products.values()) == 4 * 36 + 3, "four products a layer, and the heads"
 
 
