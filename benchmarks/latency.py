@@ -7,15 +7,19 @@ Arms: `eager` (sample_actions, keys and values of the prefix reused), `recompute
 several public implementations do), `compile-...` (eager with the denoising step compiled), `engine` (the same function
 as the graph, without one), `graph`, `graph+kernels` (where the Kernel Hub's are at hand), `graph+fp8`. The arms take
 turns in every round. Scope S0 is the device alone, inputs in place; S1 is uint8 frames on the host to actions on the
-host, tokeniser and image processing included. Weights are random, as rates on zeros are not to be trusted.
+host, tokeniser and image processing included; S2 is the best arm behind a policy server on this machine. Weights are random, as rates on zeros are not to be trusted.
 
 With the times come the floor (measured rates of the machine, counted operations, bytes of the weights and the cache),
 the stages of a call, the error of each arm against float32, and whether a replay equals the eager call to the byte.
 """
 
 import argparse
+import asyncio
+import contextlib
+import importlib.util
 import json
 import platform
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -358,6 +362,28 @@ def measure(arms: dict, device: torch.device, warm_up: int, calls: int, seconds:
     }
 
 
+@contextlib.contextmanager
+def served(model, processor, engine: WallVLAEngine, sample: dict):
+    """A function that asks a policy server on this machine through its socket for `sample` (scope S2)."""
+    from wallvla.serving.client import PolicyClient
+    from wallvla.serving.policy import ServedPolicy
+    from wallvla.serving.server import PolicyServer, ServerOptions
+
+    options = ServerOptions(port=0, batch_window_s=0.0, max_requests_per_second=10_000.0)
+    server, ready = PolicyServer({"policy": ServedPolicy(model, processor, engine=engine)}, options), threading.Event()
+    loop = asyncio.new_event_loop()
+    run = server.run(ready=lambda port: ready.set(), handle_signals=False)
+    thread = threading.Thread(target=loop.run_until_complete, args=(run,), daemon=True)
+    thread.start()
+    ready.wait(120)
+    message = {f"observation.images.{name}": frame for name, frame in sample["images"].items()}
+    message |= {"observation.state": sample["state"].astype(np.float32), "prompt": sample["instruction"]}
+    with PolicyClient(f"ws://127.0.0.1:{server.port}") as client:
+        yield lambda: client.infer(message)
+    loop.call_soon_threadsafe(server.stop)
+    thread.join(30)
+
+
 def machine_rates(device: torch.device) -> dict[str, float]:
     """Measured bf16 (CPU: float32) operations per second of a large product, and bytes per second of a large copy."""
     on_gpu = device.type == "cuda"
@@ -437,6 +463,10 @@ def benchmark(config: WallVLAConfig, options) -> list[dict]:
             "S0": measure(device_only, device, options.warm_up, options.calls, options.seconds),
             "S1": measure(whole, device, options.warm_up // 4, options.calls, options.seconds),
         }
+        holds = gates(errors, engines)
+        if importlib.util.find_spec("websockets") and importlib.util.find_spec("msgpack"):
+            with served(model, processor, engines[best], samples[size]) as ask:
+                times["S2"] = measure({best: ask}, device, options.warm_up // 4, options.calls, options.seconds)
         floor = floor_ms(model, bucket, counts, rates, config.num_inference_steps)
         results.append(
             {
@@ -446,7 +476,7 @@ def benchmark(config: WallVLAConfig, options) -> list[dict]:
                 "fraction_of_floor": {name: round(floor / each["p50"], 3) for name, each in times["S0"].items()},
                 "stages_ms": {best: stage_times(bucket, 20)},
                 "error_against_float32": errors,
-                "gates": gates(errors, engines),
+                "gates": holds,
                 "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.type == "cuda" else None,
                 "bucket_mb": round(bucket.nbytes / 1e6, 1),
                 "machine_rates": rates,
@@ -496,6 +526,7 @@ def markdown(report: dict) -> str:
             whole, share = result["times_ms"]["S1"][name]["p50"], result["fraction_of_floor"][name]
             error = result["error_against_float32"][name]
             lines += [f"| {name} | {each['p50']} | {each['p95']} | {each['p99']} | {whole} | {share} | {error:.2g} |"]
+        lines += ["", f"S2, ms: {result['times_ms'].get('S2', 'not run, websockets and msgpack are not installed')}"]
         lines += ["", f"Stages, ms: {result['stages_ms']}. Peak memory: {result['peak_memory_gb']} GB.", ""]
         lines += [f"- {'holds' if holds else 'BROKEN'}: {gate}" for gate, holds in result["gates"].items()]
     return "\n".join(lines) + "\n"
