@@ -7,7 +7,8 @@ Arms: `eager` (sample_actions, keys and values of the prefix reused), `recompute
 several public implementations do), `compile-...` (eager with the denoising step compiled), `engine` (the same function
 as the graph, without one), `graph`, `graph+kernels` (where the Kernel Hub's are at hand), `graph+fp8`. The arms take
 turns in every round. Scope S0 is the device alone, inputs in place; S1 is uint8 frames on the host to actions on the
-host, tokeniser and image processing included; S2 is the best arm behind a policy server on this machine. Weights are random, as rates on zeros are not to be trusted.
+host, tokeniser and image processing included; S2 is the best arm behind a policy server on this machine. Weights are
+random, as rates on zeros are not to be trusted.
 
 With the times come the floor (measured rates of the machine, counted operations, bytes of the weights and the cache),
 the stages of a call, the error of each arm against float32, and whether a replay equals the eager call to the byte.
@@ -210,6 +211,7 @@ def full_size_counts(image_size: int, text_tokens: int) -> dict:
     flops = {name: count_flops(run) for name, run in stages(bucket).items()}
     whole_prefix = partial(engine.forward.prefill, bucket.inputs, bucket.caches, 0, bucket.key.length)
     whole_prefix()
+    reused = partial(engine.forward.prefill, bucket.inputs, bucket.caches, 0, bucket.key.text)
     last = model.vlm.model.language_model.layers[-1]
     skipped = sum(
         p.numel() for p in (*last.mlp.parameters(), last.self_attn.o_proj.weight, last.self_attn.q_proj.weight)
@@ -219,6 +221,7 @@ def full_size_counts(image_size: int, text_tokens: int) -> dict:
     return {
         "prefix_tokens": int(bucket.key.length),
         "reused_text_tokens": bucket.key.text,
+        "reused_text_flops": count_flops(reused),
         "counted": flops,
         "closed_form": closed_form(model.config, image_size, text_tokens),
         "engine_total": sum(flops.values()),
@@ -369,7 +372,7 @@ def served(model, processor, engine: WallVLAEngine, sample: dict):
     from wallvla.serving.policy import ServedPolicy
     from wallvla.serving.server import PolicyServer, ServerOptions
 
-    options = ServerOptions(port=0, batch_window_s=0.0, max_requests_per_second=10_000.0)
+    options = ServerOptions(port=0, max_batch=1, batch_window_s=0.0, max_requests_per_second=10_000.0)
     server, ready = PolicyServer({"policy": ServedPolicy(model, processor, engine=engine)}, options), threading.Event()
     loop = asyncio.new_event_loop()
     run = server.run(ready=lambda port: ready.set(), handle_signals=False)

@@ -32,7 +32,10 @@ def test_operations_at_full_size(image_size):
     assert counts["counted"]["vision"] == pytest.approx(hand["vision"], rel=0.02)
     assert counts["counted"]["denoise"] == pytest.approx(10 * hand["step"], rel=0.02)
     total = hand["vision"] + hand["prefill"] + 10 * hand["step"]
-    assert counts["engine_total"] == pytest.approx(total, rel=0.02)
+    # What the text before the first image saves in every call but the first of a bucket
+    assert 0 < counts["reused_text_flops"] < 0.2 * hand["prefill"]
+    assert counts["engine_total"] + counts["reused_text_flops"] == pytest.approx(total, rel=0.02)
+    assert counts["engine_total"] < 1.02 * total
     assert counts["recompute_language_total"] >= 6 * counts["engine_total"]
     assert counts["recompute_all_total"] >= 9 * counts["engine_total"]
 
