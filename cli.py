@@ -455,6 +455,8 @@ def _serve(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--num-inference-steps", type=int, help="Euler steps; default: the checkpoint's own")
+    parser.add_argument("--engine", action="store_true", help="the inference engine: CUDA graphs on a GPU")
+    parser.add_argument("--fp8", action="store_true", help="with --engine and --dtype bfloat16: products in FP8")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, with the seeds of episodes")
     parser.add_argument("--max-batch", type=int, default=16, help="requests in one call of the model")
     parser.add_argument("--batch-window-ms", type=float, default=5.0, help="how long a request may wait for others")

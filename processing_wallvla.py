@@ -124,7 +124,7 @@ class WallVLAProcessor(ProcessorMixin):
             self._special_token_id(STATE_TOKEN)
         if tokenizer.pad_token_id is None:
             raise ValueError("Found a tokenizer without a pad token. Batches are padded; set `tokenizer.pad_token`.")
-        self._pixel_table = self._prepare_pixel_table()
+        self.pixel_table = self._prepare_pixel_table()
         self._answer_tokens = None  # filled by the first `answer_constraint`
         # The left edges of the bins: a value at or above edge i and below edge i + 1 is in bin i.
         self._bin_edges = np.linspace(-1, 1, state_bins + 1)[:-1]
@@ -396,7 +396,9 @@ class WallVLAProcessor(ProcessorMixin):
         samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return self.encode(samples, return_tensors, max_length)
 
-    def encode(self, samples: list[dict], return_tensors: str = "pt", max_length: int | None = None) -> BatchFeature:
+    def encode(
+        self, samples: list[dict], return_tensors: str = "pt", max_length: int | None = None, patches: bool = True
+    ) -> BatchFeature:
         """Batch of samples, for training and for inference.
 
         Args:
@@ -407,6 +409,7 @@ class WallVLAProcessor(ProcessorMixin):
                 in the prompt, while relative actions are measured from `state`; `dropped_cameras` are left out.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
             max_length (`int`, *optional*): overrides the processor's `max_length`.
+            patches (`bool`): False leaves `pixel_values` out, for whoever makes them on a device.
         Returns:
             `BatchFeature` with
             - **input_ids**, **attention_mask**, **mm_token_type_ids** (B, S) int64, padded on the left.
@@ -426,8 +429,10 @@ class WallVLAProcessor(ProcessorMixin):
         if not samples:
             raise ValueError("Found no samples. A batch needs at least one.")
         groups = self._group_by_embodiment(samples)
-        images = [self._ordered_images(sample, index) for index, sample in enumerate(samples)]
-        pixels, grids = self._patches([self._resized(image) for image in chain.from_iterable(images)])
+        images = [self.ordered_images(sample, index) for index, sample in enumerate(samples)]
+        frames = [self.as_array(image) for image in chain.from_iterable(images)]
+        patch, sizes = self.image_processor.patch_size, [self.resized_size(frame.shape[1::-1]) for frame in frames]
+        grids = np.array([[1, height // patch, width // patch] for width, height in sizes], dtype=np.int64)
         values = self._state_values(samples, groups)
         if self.proprioception == "text":
             states = {row: " ".join(map(str, np.digitize(line, self._bin_edges) - 1)) for row, line in values.items()}
@@ -446,7 +451,9 @@ class WallVLAProcessor(ProcessorMixin):
         longest = self.max_length if max_length is None else max_length
         data = self._tokens(prompts, answers, image_counts, grids, longest, discrete)
         if len(grids):
-            data.update(pixel_values=pixels, image_grid_thw=grids)
+            data["image_grid_thw"] = grids
+        if len(grids) and patches:
+            data["pixel_values"] = self._patches([self._resized(frame) for frame in frames])
         data.update(actions)
         if groups and self.proprioception == "projected":
             data.update(self._projected_states(len(samples), values, groups))
@@ -465,7 +472,7 @@ class WallVLAProcessor(ProcessorMixin):
                 groups.setdefault(sample.get("embodiment"), []).append(index)
         return [(self.get_embodiment(name), indices) for name, indices in groups.items()]
 
-    def _ordered_images(self, sample: dict, index: int) -> list[ImageLike]:
+    def ordered_images(self, sample: dict, index: int) -> list[ImageLike]:
         """Images of a sample in the order of its prompt."""
         images = sample.get("images")
         if "text" in sample:
@@ -502,7 +509,7 @@ class WallVLAProcessor(ProcessorMixin):
 
     def resized_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Size (width, height) at which the model sees an image of `image_size` (width, height), in pixels."""
-        width, height = self._longest_side_size(image_size)
+        width, height = self.longest_side_size(image_size)
         if self.image_processor.do_resize:
             height, width = smart_resize(
                 height,
@@ -513,49 +520,51 @@ class WallVLAProcessor(ProcessorMixin):
             )
         return width, height
 
-    def _longest_side_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        width, height = image_size
-        side = self.longest_side
+    def longest_side_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """The longer side at `longest_side`, aspect kept: `resized_size` before the sides are whole patches."""
+        (width, height), side = image_size, self.longest_side
         if side is None or max(width, height) == side:
             return width, height
         if width > height:
             return side, max(1, int(side * height / width))
         return max(1, int(side * width / height)), side
 
-    def _resized(self, image: ImageLike) -> np.ndarray:
-        """PIL image or uint8 array (h, w, 3) to the uint8 array (h', w', 3) that is cut into patches."""
+    @staticmethod
+    def as_array(image: ImageLike) -> np.ndarray:
+        """PIL image or uint8 array to an RGB uint8 array (h, w, 3), or ValueError."""
         if isinstance(image, Image.Image):
-            image = np.asarray(image) if image.mode == "RGB" else convert_to_rgb(image, return_numpy=True)
-        elif not (
-            isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size
-        ):
+            return np.asarray(image) if image.mode == "RGB" else convert_to_rgb(image, return_numpy=True)
+        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size):
             found = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise ValueError(
                 f"Found an image that is a {found}. Images are PIL images or uint8 arrays (height, width, 3) in RGB "
                 f"order; convert it."
             )
-        size = (image.shape[1], image.shape[0])
+        return image
+
+    def _resized(self, image: ImageLike) -> np.ndarray:
+        """PIL image or uint8 array (h, w, 3) to the uint8 array (h', w', 3) that is cut into patches."""
+        image = self.as_array(image)
         # Two steps, as the published checkpoints were trained: first the longer side, then whole patches.
         for target, resample in (
-            (self._longest_side_size(size), Image.Resampling.BICUBIC),
-            (self.resized_size(size), self.image_processor.resample),
+            (self.longest_side_size(image.shape[1::-1]), Image.Resampling.BICUBIC),
+            (self.resized_size(image.shape[1::-1]), self.image_processor.resample),
         ):
-            if target != (image.shape[1], image.shape[0]):
+            if target != image.shape[1::-1]:
                 image = np.asarray(Image.fromarray(image).resize(target, resample))
         return image
 
-    def _patches(self, images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _patches(self, images: list[np.ndarray]) -> np.ndarray:
         """What the image processor makes of images that have their final size, bit for bit, but in one go.
 
         Args:
             images: uint8 arrays (h, w, 3) with sides that are multiples of patch_size * merge_size.
         Returns:
-            Patches (patches, channels * temporal * patch^2) float32 and grids (images, 3) int64.
+            Patches (patches, channels * temporal * patch^2) float32.
         """
         patch, merge = self.image_processor.patch_size, self.image_processor.merge_size
         temporal = self.image_processor.temporal_patch_size
-        grids = np.array([[1, image.shape[0] // patch, image.shape[1] // patch] for image in images], dtype=np.int64)
-        count = sum(int(grid.prod()) for grid in grids)
+        count = sum(image.shape[0] * image.shape[1] for image in images) // patch**2
         pixels = np.empty((count, 3, temporal, patch * patch), dtype=np.float32)
         start = 0
         for (height, width, _), run in groupby(images, key=np.shape):
@@ -567,9 +576,9 @@ class WallVLAProcessor(ProcessorMixin):
             stacked = stacked.transpose(0, 1, 4, 2, 5, 7, 3, 6).reshape(stop - start, 3, patch * patch)
             for channel in range(3):
                 # uint8 has 256 values, so looking the normalised ones up gives the same numbers as computing them.
-                pixels[start:stop, channel] = self._pixel_table[channel][stacked[:, channel]][:, None]
+                pixels[start:stop, channel] = self.pixel_table[channel][stacked[:, channel]][:, None]
             start = stop
-        return pixels.reshape(count, 3 * temporal * patch * patch), grids
+        return pixels.reshape(count, 3 * temporal * patch * patch)
 
     # ---- text ---------------------------------------------------------------------------------------------------
 

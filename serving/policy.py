@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..flow_matching_wallvla import identity_guidance, prefix_guidance, prefix_weights, vjp_guidance
+from ..inference import WallVLAEngine
 from .observations import ObservationAdapter, RequestError
 from .safety import SafetyLimits, SafetyRails, SafetyStop
 
@@ -47,6 +48,8 @@ class ServedPolicy:
         client_keys: replaces the embodiment's own.
         default_instruction: the task of clients that send none.
         limits: safety rails; None for none.
+        engine: an `inference.WallVLAEngine` of this model, processor and number of steps, which then answers every
+            request but those with guidance "vjp".
 
     Raises:
         ValueError: unknown embodiment, or limits of another width.
@@ -62,6 +65,7 @@ class ServedPolicy:
         client_keys: list | None = None,
         default_instruction: str | None = None,
         limits: SafetyLimits | None = None,
+        engine: WallVLAEngine | None = None,
     ) -> None:
         robot = processor.get_embodiment(embodiment)
         if client_keys is not None:
@@ -70,6 +74,7 @@ class ServedPolicy:
         self.embodiment = embodiment or next(iter(processor.embodiments))
         self.num_inference_steps = num_inference_steps or model.config.num_inference_steps
         self.seed = seed
+        self.engine = engine
         self.limits = limits
         self.action_dim = robot.action_width
         self._state_statistics = None if robot.statistics is None else robot.statistics.get("state")
@@ -148,18 +153,21 @@ class ServedPolicy:
         beyond the rounding of float32.
         """
         samples = [{**request.observation, "embodiment": self.embodiment} for request in requests]
+        shape = torch.Size((self.processor.action_horizon, self.processor.action_dim))
+        noise = torch.stack([self._noise(request, shape) for request in requests]).to(self.model.device)
         try:
-            inputs = self.processor.encode(samples).to(self.model.device)
+            guidance = self._guidance(requests, shape) if requests[0].guidance is not None else None
+            if self.engine is not None and requests[0].guidance != "vjp":  # which needs a backward pass
+                chunks = self.engine.sample_actions(samples, noise, guidance=guidance)
+            else:
+                inputs = self.processor.encode(samples).to(self.model.device)
+                chunks = self.model.sample_actions(
+                    **inputs, noise=noise, num_inference_steps=self.num_inference_steps, guidance=guidance
+                )
         except ValueError as error:
             if len(requests) == 1:
                 return [RequestError(str(error))]
             return [self.infer([request])[0] for request in requests]  # so that one cannot spoil the others
-        shape = inputs["action_mask"].shape[1:]
-        noise = torch.stack([self._noise(request, shape) for request in requests]).to(self.model.device)
-        guidance = self._guidance(requests, shape) if requests[0].guidance is not None else None
-        chunks = self.model.sample_actions(
-            **inputs, noise=noise, num_inference_steps=self.num_inference_steps, guidance=guidance
-        )
         return [self._decode(chunk, request) for chunk, request in zip(chunks, requests, strict=True)]
 
     def _noise(self, request: PolicyRequest, shape: torch.Size) -> torch.Tensor:
@@ -221,15 +229,21 @@ def load_policy(
     client_keys: list | None = None,
     default_instruction: str | None = None,
     limits: SafetyLimits | None = None,
+    use_engine: bool = False,
+    fp8: bool = False,
 ) -> ServedPolicy:
     """A `ServedPolicy` of a folder or a Hub repository, loaded by the Auto classes.
 
+    `use_engine` answers by the inference engine, `fp8` with its products in e4m3.
     Without `trust_remote_code` the installed classes must be registered: `wallvla.register_auto_classes()`.
     """
     from transformers import AutoModel, AutoProcessor
 
     model = AutoModel.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if fp8 and not use_engine:
+        raise ValueError("Found fp8 without the engine, which has those products. Add --engine.")
+    engine = WallVLAEngine(model, processor, num_inference_steps, fp8=fp8) if use_engine else None
     return ServedPolicy(
-        model, processor, embodiment, num_inference_steps, seed, client_keys, default_instruction, limits
+        model, processor, embodiment, num_inference_steps, seed, client_keys, default_instruction, limits, engine
     )

@@ -57,6 +57,8 @@ def serve_checkpoints(options: Namespace, make_writer: Callable) -> None:
             keys,
             options.instruction,
             limits,
+            options.engine,
+            options.fp8,
         )
     recorders = {}
     if options.record is not None:

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from wallvla import quickstart
 from wallvla.data.lerobot import LeRobotDataset
 from wallvla.data.lerobot_writer import LeRobotWriter
 from wallvla.evaluation.policy import HubPolicy
+from wallvla.inference import WallVLAEngine
+from wallvla.ops_wallvla import TORCH_OPS
 from wallvla.serving.chunking import OverlappingScheduler, SynchronousScheduler
 from wallvla.serving.client import PolicyClient, RobotLoop, ServerError
 from wallvla.serving.observations import RequestError
@@ -129,6 +132,27 @@ def ask(connection, message):
 
 
 # The policy
+
+
+def test_the_engine_gives_the_same_answers(parts):
+    """Also with guidance, for a batch, and for a guidance that the engine does not have."""
+    model, processor = parts
+    plain = ServedPolicy(model, processor)
+    fast = ServedPolicy(model, processor, engine=WallVLAEngine(model, processor, ops=TORCH_OPS))
+    read = plain.adapter.read
+    requests = [PolicyRequest(read(observation(number)), seed=number) for number in range(3)]
+    previous = np.zeros((4, 4), dtype=np.float32)
+    batches = [requests[:1], requests]
+    for name in ("identity", "prefix", "vjp"):
+        batches.append([replace(requests[0], guidance=name, previous=previous, delay=1)])
+    for batch in batches:
+        for ours, theirs in zip(fast.infer(batch), plain.infer(batch), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert len(fast.engine.buckets) == 4
+    broken = replace(requests[0], observation=requests[0].observation | {"images": {}})
+    outcomes = fast.infer([requests[0], broken])
+    assert isinstance(outcomes[1], RequestError) and "missing" in str(outcomes[1])
+    np.testing.assert_allclose(outcomes[0], plain.infer(requests[:1])[0], atol=1e-5)
 
 
 def test_same_actions_as_in_process(parts, running):
