@@ -7,7 +7,7 @@
 
 RUN is a finished `wallvla quickstart`: its demonstrations and grounding questions are the training data. FAST is
 fitted on the same chunks, with as many ids and as many tokens per chunk as the RVQ codec. The arms of a seed share
-initial weights, batches, augmentation, noise and flow times, evaluation scenes and evaluation noise; they differ in what
+initial weights, batches, augmentation, noise, flow times and evaluation scenes; they differ in what
 `ARMS` says. Seed by seed, so that what is there so far can be compared. Everything measured is kept: a finished policy
 is never trained again, and a call after ctrl-C goes on from the last checkpoint and the last episode.
 """
