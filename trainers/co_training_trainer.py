@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,10 +13,12 @@ from transformers.trainer_callback import ProgressCallback
 from ..flow_matching_wallvla import sample_time
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from .co_training_config import CoTrainingConfig
+from .gradient_bridge import OBJECTIVES, GradientBridgeCallback
+from .instrument import Instrument, MicroBatch
 from .muon import MuonWithAdamW
 
 
-LOSS_NAMES = ("flow_loss", "action_token_loss", "text_loss")
+LOSS_NAMES = tuple(f"{name}_loss" for name in OBJECTIVES)
 
 
 class LossBarCallback(ProgressCallback):
@@ -45,7 +48,7 @@ class CoTrainingTrainer(Trainer):
         eval_dataset: yields samples, *optional*.
         processing_class: the processor, saved with every checkpoint so that each is a complete repository. Its action
             codec must be the model's.
-        callbacks: more `TrainerCallback`s, *optional*.
+        callbacks: more `TrainerCallback`s, *optional*; an [`Instrument`] among them also sees every micro batch.
     """
 
     # The loss that compute_loss returns is already a share of the accumulated batch
@@ -63,6 +66,13 @@ class CoTrainingTrainer(Trainer):
     ):
         if processing_class is not None:
             processing_class.check_model(model.config)
+        if args.loss_space is not None:
+            model.config.loss_space = args.loss_space
+        callbacks = list(callbacks or ())
+        if args.gradient_bridge_steps:
+            plot = Path(args.output_dir) / "gradient_bridge.png"
+            callbacks.append(GradientBridgeCallback(args.gradient_bridge_steps, plot=plot))
+        self.instruments = [callback for callback in callbacks if isinstance(callback, Instrument)]
         super().__init__(
             model=model,
             args=args,
@@ -95,13 +105,20 @@ class CoTrainingTrainer(Trainer):
             )
         return self.optimizer
 
+    def _labels(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The labels (B, S) that the strategy learns: `flow_only` leaves the discrete action tokens out."""
+        labels = batch["labels"]
+        if self.args.strategy != "flow_only":
+            return labels
+        return labels.masked_fill(self.accelerator.unwrap_model(self.model).is_action_token(labels), -100)
+
     def count_targets(self, batch: Mapping[str, Tensor]) -> Tensor:
         """How many action elements, discrete action tokens and text tokens a batch trains on. (3,) float32."""
         counts = torch.zeros(3)
         if "action_mask" in batch and "actions" in batch:
             counts[0] = batch["action_mask"].sum()
         if "labels" in batch:
-            targets = batch["labels"][:, 1:]
+            targets = self._labels(batch)[:, 1:]
             of_action = self.accelerator.unwrap_model(self.model).is_action_token(targets)
             counts[1] = of_action.sum()
             counts[2] = (targets != -100).sum() - counts[1]
@@ -137,7 +154,10 @@ class CoTrainingTrainer(Trainer):
         """The weighted sum of the losses, each scaled to this micro batch's share of the optimizer step."""
         if "actions" in inputs:
             inputs = {**inputs, **self._draw_flow(inputs["actions"])}
-        outputs = model(**inputs)
+        if "labels" in inputs:
+            inputs = {**inputs, "labels": self._labels(inputs)}
+        stop_gradient = self.args.stops_gradient(self.state.global_step, self.state.max_steps)
+        outputs = model(**inputs, stop_gradient=stop_gradient)
         config = self.accelerator.unwrap_model(model).config
         weights = (1.0, config.action_token_loss_weight, config.text_loss_weight)
         counts = outputs.loss_counts
@@ -145,13 +165,17 @@ class CoTrainingTrainer(Trainer):
         # Gradients are averaged over ranks afterwards; the shares have to be summed
         shares = counts / totals.clamp(min=1) * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         sums = torch.zeros(3, device=counts.device)
-        loss = torch.zeros((), device=counts.device)
-        for i, (name, weight) in enumerate(zip(LOSS_NAMES, weights, strict=True)):
-            value = outputs.get(name)
+        objectives = {}
+        for i, (name, weight) in enumerate(zip(OBJECTIVES, weights, strict=True)):
+            value = outputs.get(f"{name}_loss")
             if value is not None:
-                loss = loss + weight * shares[i] * value
+                objectives[name] = weight * shares[i] * value
                 sums[i] = value.detach() * counts[i]
+        loss = sum(objectives.values(), torch.zeros((), device=counts.device))
         mode = "train" if model.training else "eval"
+        if model.training:
+            for instrument in self.instruments:
+                instrument.on_micro_batch(self.state.global_step, MicroBatch(inputs, outputs, objectives))
         self._metrics[mode] = self._metrics[mode].to(counts.device) + torch.stack([sums, counts])
         return (loss, outputs) if return_outputs else loss
 
@@ -163,6 +187,9 @@ class CoTrainingTrainer(Trainer):
             if count > 0:
                 logs[name if mode == "train" else f"eval_{name}"] = total / count
         self._metrics[mode].zero_()
+        if mode == "train":
+            for instrument in self.instruments:
+                logs |= instrument.take_logs()
         broken = {k: v for k, v in logs.items() if k.endswith("loss") and not math.isfinite(v)}
         if broken:
             raise FloatingPointError(
