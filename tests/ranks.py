@@ -125,6 +125,39 @@ def trainer(folder: Path, data: str = "mixed", fsdp: str | None = None, seed: in
     )
 
 
+def stop_dead(runner, folder: Path, moment: str, at: int) -> None:
+    """Makes the run stand still, in the middle of the optimizer step after `at` steps ("step") or of writing the
+    checkpoint of step `at` ("checkpoint"), until it is killed; the file `reached` tells that it is there."""
+    import time
+
+    def stand_still() -> None:
+        (folder / "reached").touch()
+        while True:
+            time.sleep(1)
+
+    if moment == "step":
+        inner_step = runner.training_step
+
+        def training_step(*args, **kwargs):
+            loss = inner_step(*args, **kwargs)
+            if runner.state.global_step == at:
+                stand_still()
+            return loss
+
+        runner.training_step = training_step
+    else:
+        inner_save = runner._save_rng_state
+
+        def save_rng_state(output_dir: str) -> None:
+            if runner.state.global_step == at:
+                optimizer = Path(output_dir) / "optimizer.pt"
+                optimizer.write_bytes(optimizer.read_bytes()[:1000])  # as if the disk had got no more
+                stand_still()
+            inner_save(output_dir)
+
+        runner._save_rng_state = save_rng_state
+
+
 def whole_weights(model) -> dict:
     """All parameters as ordinary tensors, gathered where they are sharded."""
     from torch.distributed.tensor import DTensor
@@ -132,7 +165,7 @@ def whole_weights(model) -> dict:
     return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in model.named_parameters()}
 
 
-def train(folder: Path, resume: bool = False, out: str = "result", **options) -> None:
+def train(folder: Path, resume: bool = False, out: str = "result", stop: list | None = None, **options) -> None:
     """Trains, goes on from the last checkpoint if asked, and writes losses and weights."""
     import torch
 
@@ -144,6 +177,8 @@ def train(folder: Path, resume: bool = False, out: str = "result", **options) ->
     if resume:
         assert checkpoint is not None
         resume_mixture(runner.train_dataset, checkpoint, runner.args.draws_per_step)
+    if stop:
+        stop_dead(runner, folder, *stop)
     runner.train(resume_from_checkpoint=checkpoint)
     weights = whole_weights(runner.model)
     runner.save_model(str(folder / "final"))
