@@ -1,7 +1,7 @@
 """DMuon beside its baselines: bytes and operations per rank, accuracy, and seconds in one process.
 
-    python benchmarks/muon.py                         # counted and simulated figures: benchmarks/results/muon.md, .json
-    python benchmarks/muon.py --speed                 # and seconds of one step, matrices an eighth as wide (CPU)
+    python benchmarks/muon.py              # counted and simulated figures: benchmarks/results/muon.md and muon.json
+    python benchmarks/muon.py --speed      # seconds of one step, matrices an eighth as wide, on the CPU
     python benchmarks/muon.py --speed --device cuda --divide 1      # at full size, on one GPU of 80 GB
 
 "counted": on real gloo ranks, by a dispatch mode that sees every collective, and by torch's FlopCounterMode.

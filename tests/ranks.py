@@ -190,10 +190,33 @@ def train(folder: Path, resume: bool = False, out: str = "result", stop: list | 
         torch.save({"losses": losses[:-1], "weights": weights, "from": checkpoint}, folder / f"{out}.pt")
 
 
+def layers(folder: Path) -> None:
+    """Loss and gradients of the tiny model, sharded layer by layer with `fully_shard`."""
+    import torch
+    import torch.distributed as dist
+    from tiny import SHARDING_CASES, loss_and_gradients, tiny_model
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    results = []
+    for labels, checkpointing in SHARDING_CASES:
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        language, vision = model.vlm.model.language_model.layers, model.vlm.model.visual.blocks
+        for module in [*language, *vision, *model.action_expert.layers, model]:
+            fully_shard(module)
+        loss, gradients = loss_and_gradients(model, labels)
+        results.append((loss, {name: gradient.full_tensor() for name, gradient in gradients.items()}))
+    if dist.get_rank() == 0:
+        torch.save(results, folder / "results.pt")
+    dist.destroy_process_group()
+
+
 def main() -> None:
     load_wallvla()
     scenario, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    {"train": train}[scenario](folder, **options)
+    {"train": train, "layers": layers}[scenario](folder, **options)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class CoTrainingTrainer(Trainer):
         # Our batches always carry what a loss needs, whichever keys those are
         self.can_return_loss = True
         self.label_names = []
-        self._draws = 0
+        self._micro_batch = 0
         self._metrics = {"train": torch.zeros(2, 3), "eval": torch.zeros(2, 3)}  # sums and counts of each loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -136,7 +136,7 @@ class CoTrainingTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """The counts of `count_targets` over all micro batches of the step and all ranks."""
-        self._draws = 0
+        self._micro_batch = 0
         if not batch_samples:
             return None
         counts = torch.stack([self.count_targets(batch) for batch in batch_samples]).sum(dim=0).to(device)
@@ -152,12 +152,11 @@ class CoTrainingTrainer(Trainer):
         if self.model.training:
             # The loader deals out batches rank by rank, then the next micro batch
             step, batch_size = self.state.global_step, self._train_batch_size
-            first = (self._draws * ranks + rank) * batch_size
+            first = (self._micro_batch * ranks + rank) * batch_size
             total = ranks * batch_size * self.args.gradient_accumulation_steps
         else:  # the same draws at every evaluation
-            step, batch_size = self._draws, self.args.eval_batch_size
+            step, batch_size = self._micro_batch, self.args.eval_batch_size
             first, total = rank * batch_size, ranks * batch_size
-        self._draws += 1
         key = [self.args.seed, step, int(self.model.training)]
 
         # On the CPU, so that a run gives the same draws on every device
@@ -182,6 +181,7 @@ class CoTrainingTrainer(Trainer):
             inputs = complete_batch(inputs, self.accelerator.unwrap_model(model).config)
         if "actions" in inputs:
             inputs = {**inputs, **self._draw_flow(inputs["actions"])}
+        self._micro_batch += 1  # also without actions: it is the place in the step
         if "labels" in inputs:
             inputs = {**inputs, "labels": self._labels(inputs)}
         stop_gradient = self.args.stops_gradient(self.state.global_step, self.state.max_steps)
@@ -267,6 +267,13 @@ class CoTrainingTrainer(Trainer):
         finally:
             plugin.set_state_dict_type(kept)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As in `Trainer`; weights that were gathered from shards hold tied ones twice, and are written once."""
+        if state_dict is not None:
+            tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
+
     def _issue_warnings_after_load(self, load_result) -> None:
         """Refuses to go on from a checkpoint that does not match; the parent class only warns."""
         missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
@@ -278,5 +285,5 @@ class CoTrainingTrainer(Trainer):
             )
 
     def evaluation_loop(self, *args, **kwargs):
-        self._draws = 0
+        self._micro_batch = 0
         return super().evaluation_loop(*args, **kwargs)

@@ -1,20 +1,22 @@
 """What a training run needs, before it runs: bytes on each device and operations of each step.
 
 Parameters, gradients and optimizer state are counted on the meta device, exactly. Activations and operations are
-counted while one sample of the real size runs, on the CPU, through a model of the real width that has one layer of each
-kind and a small vocabulary; the other layers and samples, and the logits, are multiples of that.
+counted while one sample of the real size runs, on the CPU, through a model of the real width that has one layer of
+each kind and a small vocabulary; the other layers and samples, and the logits, are multiples of that.
 """
 
 import copy
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
 from ..configuration_wallvla import WallVLAConfig
 from ..modeling_wallvla import WallVLAForConditionalGeneration
+from .co_training_config import CoTrainingConfig
 from .muon import BUCKET_SIZE, count_parts, is_muon_parameter, logical_matrices, newton_schulz_flops, plan_buckets
 
 
@@ -50,6 +52,28 @@ class Workload:
     labels: int = 40
 
 
+@dataclass
+class EstimateArguments:
+    """What `wallvla train --estimate` has to know beside the options of the run."""
+
+    estimate: bool = field(default=False, metadata={"help": "Print what the run needs, and stop."})
+    estimate_ranks: int = field(default=1, metadata={"help": "Devices of the run, over which FSDP2 shards."})
+    estimate_images: int = field(default=3, metadata={"help": "Pictures of a sample."})
+    estimate_image_size: int = field(default=224, metadata={"help": "Side of a picture in pixels."})
+    estimate_text_tokens: int = field(default=150, metadata={"help": "Tokens of a sample beside the pictures."})
+
+    def workload(self, args: CoTrainingConfig) -> Workload:
+        """The sizes of a run with these training options."""
+        return Workload(
+            batch_size=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            ranks=self.estimate_ranks,
+            images=self.estimate_images,
+            image_size=self.estimate_image_size,
+            text_tokens=self.estimate_text_tokens,
+        )
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes on the fullest rank, and operations of a step.
@@ -76,11 +100,11 @@ class Estimate:
 
     def __str__(self) -> str:
         lines = []
-        for field in fields(self):
-            value, name = getattr(self, field.name), field.name.replace("_", " ")
-            if field.name == "tokens":
+        for item in fields(self):
+            value, name = vars(self)[item.name], item.name.replace("_", " ")
+            if item.name == "tokens":
                 lines.append(f"{name:<18}{value:>10,} in a step of all ranks")
-            elif field.name.endswith("flops"):
+            elif item.name.endswith("flops"):
                 lines.append(f"{name:<18}{value / 1e12:>10.1f} TFLOP in a step of one rank")
             else:
                 lines.append(f"{name:<18}{value / GIB:>10.2f} GiB")
@@ -273,3 +297,14 @@ def one_sample_tokens(config: WallVLAConfig, workload: Workload) -> int:
     vision = config.vlm_config.vision_config
     merged = (workload.image_size // vision.patch_size // vision.spatial_merge_size) ** 2
     return workload.images * merged + workload.text_tokens + config.action_horizon
+
+
+def estimate_of(checkpoint: str, args: CoTrainingConfig, sizes: EstimateArguments) -> Estimate:
+    """What `wallvla train --estimate` prints; of a checkpoint (a folder or a Hub id) it reads `config.json` alone."""
+    return estimate_training(
+        AutoConfig.from_pretrained(checkpoint),
+        sizes.workload(args),
+        optimizer=args.optimizer,
+        bf16=args.bf16,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
