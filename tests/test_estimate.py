@@ -97,6 +97,7 @@ def test_ranks_checkpointing_and_adapters_need_less():
 FITS = {"train_full_80gb.yaml": 80e9, "train_8xh100.yaml": 80e9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_examples_parse_and_fit_their_gpu(name):
     """The real dataclasses read them, and the estimate in the comment is the one that the command prints."""
