@@ -108,11 +108,15 @@ def _train(arguments: list[str]) -> None:
 
     from . import register_auto_classes
     from .trainers.co_training_config import CoTrainingConfig
+    from .trainers.estimate import EstimateArguments, estimate_of
     from .trainers.fine_tuning import FineTuningArguments, fine_tune
 
-    parser = _finish(HfArgumentParser((FineTuningArguments, CoTrainingConfig)), "train")
-    options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:2]
+    parser = _finish(HfArgumentParser((FineTuningArguments, CoTrainingConfig, EstimateArguments)), "train")
+    options, args, sizes = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:3]
     register_auto_classes()
+    if sizes.estimate:
+        print(estimate_of(options.model, args, sizes))
+        return
     print(f"wrote {fine_tune(options, args)}")
 
 

@@ -77,9 +77,6 @@ class WallVLAConfig(PreTrainedConfig):
         Where the flow loss is measured: `"action"` (section 2.2.2, equation 5) or `"velocity"`.
     loss_reduction (`str`, *optional*, defaults to `"per_element"`):
         Mean over all valid elements, or `"per_channel"`: first within each channel, then over channels.
-    gradient_bridge (`str`, *optional*, defaults to `"co_training"`):
-        `"co_training"` lets the flow loss reach the VL expert; `"stop_gradient"` detaches the keys and values that
-        the action expert reads (section 5.1). "Flow-only" training is data without discrete action tokens.
     action_token_loss_weight, text_loss_weight (`float`, *optional*, default to 0.01):
         Weights of the two cross-entropy losses (equation 1).
     time_sampler (`str`, *optional*, defaults to `"beta"`):
@@ -136,7 +133,6 @@ class WallVLAConfig(PreTrainedConfig):
     prediction: Literal["velocity", "action"] = "velocity"
     loss_space: Literal["action", "velocity"] = "action"
     loss_reduction: Literal["per_element", "per_channel"] = "per_element"
-    gradient_bridge: Literal["co_training", "stop_gradient"] = "co_training"
     action_token_loss_weight: float = 0.01
     text_loss_weight: float = 0.01
     time_sampler: Literal["beta", "uniform", "logit_normal", "stratified"] = "beta"

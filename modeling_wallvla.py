@@ -422,6 +422,7 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         action_padding: Tensor | None = None,
         states: Tensor | None = None,
         state_mask: Tensor | None = None,
+        stop_gradient: bool = False,
     ) -> WallVLAOutput:
         """One training pass over action samples, multimodal samples or both in a batch.
 
@@ -435,6 +436,7 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             noise: the noise of the path, (B, H, D) float32; drawn when absent.
             time: flow times, (B,) float32; drawn when absent.
             action_padding: clean value of channels that the robot lacks, (B, D) float32; 0 when absent.
+            stop_gradient: keep the flow loss from reaching the VL expert (section 5.1); changes no value.
         """
         context = self.encode_prefix(
             input_ids,
@@ -458,7 +460,8 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             # backward pass, which its keys and values alone would not make it do
             loss = loss + 0.0 * context.last_hidden_state.sum()
         if actions is not None:
-            loss = loss + self._flow_loss(context, actions, action_mask, noise, time, action_padding, output)
+            seen = context.detach() if stop_gradient else context
+            loss = loss + self._flow_loss(seen, actions, action_mask, noise, time, action_padding, output)
         output.loss = loss
         return output
 
@@ -504,8 +507,6 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         padding = torch.zeros_like(actions[:, 0]) if action_padding is None else action_padding  # (B, D)
         actions = torch.where(channel_mask, actions, padding[:, None])
         noisy_actions = interpolate(actions, noise, time)
-        if config.gradient_bridge == "stop_gradient":
-            context = context.detach()
         velocity = self.predict_velocity(noisy_actions, time, context, channel_mask, step_mask)
         output.action_prediction = action_from_velocity(noisy_actions, velocity, time)
         output.flow_loss = flow_matching_loss(

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import AddedToken
-from transformers import Qwen2Tokenizer, set_seed
+from transformers import Qwen2Tokenizer, TrainerCallback, set_seed
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -292,8 +292,17 @@ def build_model(processor: WallVLAProcessor, text_loss_weight: float = 0.01) -> 
 # --- train
 
 
-def train(config: QuickstartConfig, folder: Path, result: Path) -> None:
-    """Builds the model and the processor, co-trains, and saves the Hub-ready folder `result`."""
+def train(
+    config: QuickstartConfig,
+    folder: Path,
+    result: Path,
+    options: Mapping | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
+    """Builds the model and the processor, co-trains, and saves the Hub-ready folder `result`.
+
+    `options`: more fields of `CoTrainingConfig`; `callbacks`: of the trainer.
+    """
     set_seed(config.seed)
     dataset = LeRobotDataset(
         folder / "dataset", embodiment=EMBODIMENT, cameras=config.cameras, action_horizon=8, frames_in_memory=True
@@ -327,6 +336,7 @@ def train(config: QuickstartConfig, folder: Path, result: Path) -> None:
         seed=config.seed,
         dataloader_pin_memory=not on_cpu,
         disable_tqdm=False,
+        **options or {},
     )
     trainer = CoTrainingTrainer(
         model=model,
@@ -334,6 +344,7 @@ def train(config: QuickstartConfig, folder: Path, result: Path) -> None:
         data_collator=Collator(processor),
         train_dataset=mixture,
         processing_class=processor,
+        callbacks=list(callbacks),
     )
     checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,55 +1,119 @@
-"""FSDP2 on two processes gives the loss and the gradients of one, layer by layer sharded, on the CPU."""
+"""Several gloo ranks give what one process gives: FSDP2 by hand, and through `accelerate` and the trainer."""
 
-import socket
+import shutil
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from tiny import tiny_actions, tiny_batch, tiny_model
-from torch.distributed.fsdp import fully_shard
+from ranks import run
+from tiny import SHARDING_CASES, loss_and_gradients, tiny_actions, tiny_batch, tiny_config, tiny_model
+from transformers import AutoModel
 
-
-CASES = [(labels, checkpointing) for labels in (True, False) for checkpointing in (False, True)]
-
-
-def loss_and_gradients(model, labels: bool) -> tuple[torch.Tensor, dict]:
-    batch = tiny_batch(action_tokens=5, padding=2)
-    if not labels:
-        batch.pop("labels")
-    model.zero_grad()
-    loss = model(**batch, **tiny_actions(2)).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def sharded(rank: int, port: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    results = []
-    for labels, checkpointing in CASES:
-        model = tiny_model().train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        layers = [*model.vlm.model.language_model.layers, *model.vlm.model.visual.blocks, *model.action_expert.layers]
-        for module in [*layers, model]:
-            fully_shard(module)
-        loss, gradients = loss_and_gradients(model, labels)
-        results.append((loss, {name: gradient.full_tensor() for name, gradient in gradients.items()}))
-    if rank == 0:
-        torch.save(results, path)
-    dist.destroy_process_group()
+from wallvla import register_auto_classes
+from wallvla.trainers.distributed import complete_batch
 
 
 def test_sharded_gradients_equal_those_of_one_process(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(sharded, (port, str(tmp_path / "results.pt")), nprocs=2)
+    run(2, "layers", tmp_path)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
-    for (labels, checkpointing), (loss, gradients) in zip(CASES, results, strict=True):
+    for (labels, checkpointing), (loss, gradients) in zip(SHARDING_CASES, results, strict=True):
         expected_loss, expected = loss_and_gradients(tiny_model().train(), labels)
         assert loss == pytest.approx(expected_loss.item(), abs=1e-6), (labels, checkpointing)
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("without", ["images", "labels", "actions", "states"])
+def test_a_completed_batch_runs_every_module_and_changes_nothing(without):
+    """All parameters get a gradient, which is zero where the batch said nothing, and the losses stay what they are."""
+    projected = {"proprioception": "projected", "state_token_id": 499, "state_dim": 4} if without == "states" else {}
+    model = tiny_model(**projected).train()
+    batch = tiny_batch(images=(0, 0) if without == "images" else (1, 2), action_tokens=5, padding=1)
+    batch |= {} if without == "actions" else tiny_actions(2)
+    if without == "images":
+        batch = {key: value for key, value in batch.items() if key not in ("pixel_values", "image_grid_thw")}
+    if without == "labels":
+        batch.pop("labels")
+    complete = complete_batch(batch, tiny_config(**projected))
+    if without == "actions":
+        complete |= {"noise": torch.ones(2, 8, 4), "time": torch.ones(2) / 2}
+    results = []
+    for inputs in (batch, complete):
+        model.zero_grad()
+        output = model(**inputs)
+        output.loss.backward()
+        results.append((output, {name: p.grad for name, p in model.named_parameters()}))
+    (plain, expected), (completed, gradients) = results
+    torch.testing.assert_close(completed.loss, plain.loss, atol=1e-6, rtol=1e-6)
+    assert completed.loss_counts.tolist() == plain.loss_counts.tolist()
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    skipped = [name for name, gradient in expected.items() if gradient is None]
+    assert len(skipped) > 0 or without == "labels"  # without labels the tied LM head is trained as an embedding
+    for name, gradient in gradients.items():
+        wanted = torch.zeros_like(gradient) if expected[name] is None else expected[name]
+        torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+# ---- through accelerate and the trainer ----------------------------------------------------------------------------
+
+FOUR = {"max_steps": 4, "optimizer": "muon", "learning_rate": 1e-3}
+
+
+def result(folder, name: str = "result") -> dict:
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+def assert_same_run(found: dict, expected: dict, first: int = 1) -> None:
+    """The same losses from step `first` on, and the same weights: four digits after four steps of 1e-3 each."""
+    losses = [log for log in expected["losses"] if log["step"] >= first]
+    assert len(losses) == 5 - first
+    for ours, theirs in zip(found["losses"][-len(losses) :], losses, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=2e-5), (key, theirs["step"])
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(
+            found["weights"][name], weight, atol=1e-4, rtol=0, msg=lambda text, n=name: n + text
+        )
+
+
+def test_a_rank_may_have_no_action_no_question_and_no_picture(tmp_path):
+    """Two ranks of one sample twice, where rank 0 draws actions only and rank 1 questions only, some without a
+    picture, and one process of four samples: no rank waits for ever, and all means are over the elements of a step,
+    wherever they fall. The same for one sample four times in one process."""
+    for name in ("one", "accumulated", "two"):
+        (tmp_path / name).mkdir()
+    options = FOUR | {"data": "separate"}
+    run(1, "train", tmp_path / "one", per_device_train_batch_size=4, **options)
+    accumulation = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    run(1, "train", tmp_path / "accumulated", **accumulation, **options)
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "fsdp": "SHARDED_STATE_DICT"}
+    run(2, "train", tmp_path / "two", **split, **options)
+    expected = result(tmp_path / "one")
+    assert all({"flow_loss", "text_loss"} <= log.keys() for log in expected["losses"])
+    assert_same_run(result(tmp_path / "accumulated"), expected)
+    assert_same_run(result(tmp_path / "two"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_a_run_goes_on_with_another_number_of_ranks(kind, tmp_path):
+    """Four ranks stop after two steps; two ranks go on: optimizer, schedule, data and noise. And one process."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    for name in ("one", "four", "two"):
+        (tmp_path / name).mkdir()
+    run(1, "train", tmp_path / "one", per_device_train_batch_size=4, **FOUR)
+    run(4, "train", tmp_path / "four", per_device_train_batch_size=1, fsdp=kind, **saving, **FOUR)
+    shutil.copytree(tmp_path / "four" / "checkpoint-2", tmp_path / "two" / "checkpoint-2")
+    run(2, "train", tmp_path / "two", resume=True, per_device_train_batch_size=2, fsdp=kind, **FOUR)
+    expected = result(tmp_path / "one")
+    assert_same_run(result(tmp_path / "four"), expected)
+    assert_same_run(result(tmp_path / "two"), expected, first=3)
+    # what a run ends with is a whole model, however its checkpoints are saved
+    weights = result(tmp_path / "two")["weights"]
+    register_auto_classes()
+    final = AutoModel.from_pretrained(tmp_path / "two" / "final")
+    for name, value in final.named_parameters():
+        assert torch.equal(value, weights[name]), name
+    assert (tmp_path / "four" / "checkpoint-2" / "model.safetensors").is_file() == (kind == "FULL_STATE_DICT")

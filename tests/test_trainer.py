@@ -109,7 +109,7 @@ def test_muon_gets_the_matrices_of_every_layer():
 
 
 def test_muon_trains_and_resumes(processor, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "use_muon": True}
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "optimizer": "muon"}
     whole = make_trainer(processor, tmp_path, **options)
     whole.train()
     assert any(group["muon"] for group in whole.optimizer.param_groups)
@@ -160,14 +160,6 @@ def test_accumulation_equals_one_large_batch(processor, tmp_path):
     many = make_trainer(
         processor, tmp_path / "many", per_device_train_batch_size=1, gradient_accumulation_steps=8, max_steps=1
     )
-
-    # the draws belong to the micro batch: give both runs the same noise and time for the same action
-    def draw(actions):
-        seeds = [int(abs(row.sum().item()) * 1e4) for row in actions]
-        rows = [torch.randn(9, 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return {"noise": torch.stack([r[:8] for r in rows]), "time": torch.stack([r[8, 0].sigmoid() for r in rows])}
-
-    one._draw_flow = many._draw_flow = draw
     gradients = []
     for trainer in (one, many):
         collected = {}
@@ -195,17 +187,19 @@ def test_evaluation_repeats_and_does_not_disturb(processor, tmp_path):
     first, second = (trainer.evaluate(data) for _ in range(2))
     assert first["eval_flow_loss"] == second["eval_flow_loss"] > 0
     assert first["eval_text_loss"] == second["eval_text_loss"] > 0
-    assert first["eval_loss"] == pytest.approx(first["eval_flow_loss"] + 0.01 * first["eval_text_loss"], rel=0.05)
+    assert first["eval_loss"] == pytest.approx(first["eval_flow_loss"] + 0.01 * first["eval_text_loss"], rel=0.1)
 
 
 def test_flow_draws_differ_by_step_and_micro_batch(processor, tmp_path):
     trainer, actions = make_trainer(processor, tmp_path), torch.zeros(3, 8, 4)
     trainer.model.train()
-    first, second = trainer._draw_flow(actions), trainer._draw_flow(actions)
+    first = trainer._draw_flow(actions)
+    trainer._micro_batch = 1
+    second = trainer._draw_flow(actions)
     assert not torch.equal(first["noise"], second["noise"]) and not torch.equal(first["time"], second["time"])
-    trainer._draws = 0
+    trainer._micro_batch = 0
     assert torch.equal(trainer._draw_flow(actions)["noise"], first["noise"])
-    trainer._draws, trainer.state.global_step = 0, 1
+    trainer.state.global_step = 1
     assert not torch.equal(trainer._draw_flow(actions)["noise"], first["noise"])
 
 

@@ -77,3 +77,17 @@ def tiny_actions(batch_size: int, seed: int = 0) -> dict[str, torch.Tensor]:
         "action_mask": mask,
         "time": torch.rand(batch_size, generator=generator) * 0.99,
     }
+
+
+SHARDING_CASES = [(labels, checkpointing) for labels in (True, False) for checkpointing in (False, True)]
+
+
+def loss_and_gradients(model: WallVLAForConditionalGeneration, labels: bool) -> tuple[torch.Tensor, dict]:
+    """Of one batch, with or without text to learn."""
+    batch = tiny_batch(action_tokens=5, padding=2)
+    if not labels:
+        batch.pop("labels")
+    model.zero_grad()
+    loss = model(**batch, **tiny_actions(2)).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -1,17 +1,38 @@
 """Options of `CoTrainingTrainer`."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from transformers import TrainingArguments
+
+from .muon import MATRICES
 
 
 @dataclass
 class CoTrainingConfig(TrainingArguments):
     r"""
-    Training options of gradient-bridged co-training (Wall-OSS-0.5, section 2.2). What the weights depend on (loss
-    space, loss weights, gradient bridge) lives in [`WallVLAConfig`] and travels with the checkpoint.
+    Training options of gradient-bridged co-training (Wall-OSS-0.5, section 2.2). The definition of the losses (space,
+    weights, times) lives in [`WallVLAConfig`] and travels with the checkpoint.
 
-    `use_muon` (`bool`, *optional*, defaults to `False`) chooses [`MuonWithAdamW`] instead of AdamW for everything.
+    strategy (`str`, *optional*, defaults to `"co_training"`):
+        What trains the VL expert (section 5.1). `"co_training"`: all three objectives. `"stop_gradient"`: all but the
+        flow. `"stop_gradient_then_co_training"`: the one, and from `switch_step` on the other. `"flow_only"`: flow
+        and text; the discrete action tokens of a batch, if it has any, are not learned.
+    switch_step (`float`, *optional*, defaults to 6/7):
+        Step of the switch; a value below 1 is a share of all steps (the paper: 60,000 of 70,000).
+    loss_space (`str`, *optional*):
+        `"action"` or `"velocity"`: where the flow loss of this run is measured (sections 2.2.2 and 5.2). It becomes
+        the checkpoint's; by default it stays what the checkpoint says.
+    gradient_bridge_steps (`int`, *optional*, defaults to 0):
+        Steps between two measurements of [`GradientBridgeCallback`]; 0: none.
+
+    optimizer (`str`, *optional*, defaults to `"adamw"`):
+        `"adamw"`, or `"muon"`: Muon on the matrices of the layers and AdamW on the rest (section 2.2.4,
+        [`MuonWithAdamW`]). `"muon_naive"` and `"torch_muon"` are its baselines, for measurements.
+    muon_matrices (`str`, *optional*):
+        Regular expression: Muon gets the 2-D parameters in whose name it is found. By default those of the layers of
+        both experts and of the blocks of the vision tower.
 
     All of [`~transformers.TrainingArguments`], with these other defaults:
 
@@ -23,8 +44,25 @@ class CoTrainingConfig(TrainingArguments):
     - `logging_steps`: 10.
     """
 
-    use_muon: bool = field(
-        default=False, metadata={"help": "Muon on the matrices of the layers, AdamW on the rest (section 2.2.4)."}
+    strategy: Literal["co_training", "stop_gradient", "stop_gradient_then_co_training", "flow_only"] = field(
+        default="co_training", metadata={"help": "Which objectives train the VL expert."}
+    )
+    switch_step: float = field(
+        default=6 / 7,
+        metadata={"help": "Where stop_gradient_then_co_training switches: a step, or a share of all steps below 1."},
+    )
+    loss_space: Literal["action", "velocity"] | None = field(
+        default=None, metadata={"help": "Where the flow loss is measured. Default: as the checkpoint says."}
+    )
+    gradient_bridge_steps: int = field(
+        default=0, metadata={"help": "Steps between two measurements of each objective's gradient; 0: none."}
+    )
+    optimizer: Literal["adamw", "muon", "muon_naive", "torch_muon"] = field(
+        default="adamw",
+        metadata={"help": "muon: Muon on the matrices of the layers, AdamW on the rest. The other two are baselines."},
+    )
+    muon_matrices: str = field(
+        default=MATRICES, metadata={"help": "Regular expression: names of the matrices that Muon gets."}
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second moment of AdamW."})
@@ -37,3 +75,24 @@ class CoTrainingConfig(TrainingArguments):
     train_sampling_strategy: str = field(
         default="sequential", metadata={"help": "The mixture is already shuffled: keep its order."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.switch_step < 0:
+            raise ValueError(
+                f"switch_step is {self.switch_step}: give a step, or a share of all steps below 1; it is not negative."
+            )
+        if self.gradient_bridge_steps < 0:
+            raise ValueError(f"gradient_bridge_steps is {self.gradient_bridge_steps}: 0 means none, else at least 1.")
+
+    def stops_gradient(self, step: int, max_steps: int) -> bool:
+        """Whether the flow is kept from the VL expert in the optimizer step after `step` steps of `max_steps`."""
+        if self.strategy == "stop_gradient_then_co_training":
+            switch = self.switch_step if self.switch_step >= 1 else math.ceil(self.switch_step * max_steps)
+            return step < switch
+        return self.strategy == "stop_gradient"
+
+    @property
+    def draws_per_step(self) -> int:
+        """Samples of one optimizer step, over all ranks and micro batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size

@@ -1,21 +1,29 @@
 """Gradient-bridged co-training as a `transformers.Trainer` (Wall-OSS-0.5, section 2.2.1)."""
 
+import json
 import math
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..data.mixture import CoTrainingMixture
 from ..flow_matching_wallvla import sample_time
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from .co_training_config import CoTrainingConfig
-from .muon import MuonWithAdamW
+from .distributed import DATA_STATE, complete_batch, discard_unfinished, unfinished_marker
+from .gradient_bridge import OBJECTIVES, GradientBridgeCallback
+from .instrument import Instrument, MicroBatch
+from .muon import OPTIMIZERS, is_muon_parameter
 
 
-LOSS_NAMES = ("flow_loss", "action_token_loss", "text_loss")
+LOSS_NAMES = tuple(f"{name}_loss" for name in OBJECTIVES)
 
 
 class LossBarCallback(ProgressCallback):
@@ -34,8 +42,11 @@ class CoTrainingTrainer(Trainer):
     Each loss is averaged over all its own elements in the whole optimizer step: over the micro batches that are
     accumulated and over all ranks. A batch or a rank without a kind of sample biases nothing.
 
-    The noise and the time of the flow are drawn from (seed, rank, step, micro batch), so a resumed run sees the draws
-    it would have seen, and two ranks never see the same.
+    The noise and the time of the flow are drawn from (seed, step, place in the step), so a resumed run sees the draws
+    it would have seen, also with other ranks and micro batches.
+
+    A checkpoint is whole or it is absent: while it is written a file `checkpoint-N.unfinished` lies beside it, and
+    what a killed run left behind is deleted when training starts.
 
     Args:
         model: the model to train.
@@ -45,7 +56,7 @@ class CoTrainingTrainer(Trainer):
         eval_dataset: yields samples, *optional*.
         processing_class: the processor, saved with every checkpoint so that each is a complete repository. Its action
             codec must be the model's.
-        callbacks: more `TrainerCallback`s, *optional*.
+        callbacks: more `TrainerCallback`s, *optional*; an [`Instrument`] among them also sees every micro batch.
     """
 
     # The loss that compute_loss returns is already a share of the accumulated batch
@@ -63,6 +74,13 @@ class CoTrainingTrainer(Trainer):
     ):
         if processing_class is not None:
             processing_class.check_model(model.config)
+        if args.loss_space is not None:
+            model.config.loss_space = args.loss_space
+        callbacks = list(callbacks or ())
+        if args.gradient_bridge_steps:
+            plot = Path(args.output_dir) / "gradient_bridge.png"
+            callbacks.append(GradientBridgeCallback(args.gradient_bridge_steps, plot=plot))
+        self.instruments = [callback for callback in callbacks if isinstance(callback, Instrument)]
         super().__init__(
             model=model,
             args=args,
@@ -78,22 +96,31 @@ class CoTrainingTrainer(Trainer):
         # Our batches always carry what a loss needs, whichever keys those are
         self.can_return_loss = True
         self.label_names = []
-        self._draws = 0
+        self._micro_batch = 0
         self._metrics = {"train": torch.zeros(2, 3), "eval": torch.zeros(2, 3)}  # sums and counts of each loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW as in `Trainer`, or Muon with AdamW."""
-        if not self.args.use_muon:
+        if self.args.optimizer == "adamw":
             return super().create_optimizer(model)
         if self.optimizer is None:
-            self.optimizer = MuonWithAdamW(
+            self.optimizer = OPTIMIZERS[self.args.optimizer](
                 (self.model if model is None else model).named_parameters(),
                 lr=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
+                is_muon=partial(is_muon_parameter, matrices=self.args.muon_matrices),
+                dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
             )
         return self.optimizer
+
+    def _labels(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The labels (B, S) that the strategy learns: `flow_only` leaves the discrete action tokens out."""
+        labels = batch["labels"]
+        if self.args.strategy != "flow_only":
+            return labels
+        return labels.masked_fill(self.accelerator.unwrap_model(self.model).is_action_token(labels), -100)
 
     def count_targets(self, batch: Mapping[str, Tensor]) -> Tensor:
         """How many action elements, discrete action tokens and text tokens a batch trains on. (3,) float32."""
@@ -101,7 +128,7 @@ class CoTrainingTrainer(Trainer):
         if "action_mask" in batch and "actions" in batch:
             counts[0] = batch["action_mask"].sum()
         if "labels" in batch:
-            targets = batch["labels"][:, 1:]
+            targets = self._labels(batch)[:, 1:]
             of_action = self.accelerator.unwrap_model(self.model).is_action_token(targets)
             counts[1] = of_action.sum()
             counts[2] = (targets != -100).sum() - counts[1]
@@ -109,23 +136,38 @@ class CoTrainingTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """The counts of `count_targets` over all micro batches of the step and all ranks."""
-        self._draws = 0
+        self._micro_batch = 0
         if not batch_samples:
             return None
         counts = torch.stack([self.count_targets(batch) for batch in batch_samples]).sum(dim=0).to(device)
         return self.accelerator.reduce(counts, reduction="sum")
 
     def _draw_flow(self, actions: Tensor) -> dict[str, Tensor]:
-        """Noise (B, H, D) and times (B,) that depend only on seed, rank, step and micro batch."""
+        """Noise (B, H, D) and times (B,) that depend only on seed, step and the place of a sample in the step.
+
+        So it does not matter how ranks and micro batches share a step, and a run may go on with other ones.
+        """
         config = self.accelerator.unwrap_model(self.model).config
-        step = self.state.global_step if self.model.training else 0  # the same draws at every evaluation
-        key = [self.args.seed, self.accelerator.process_index, step, self._draws, int(self.model.training)]
-        self._draws += 1
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if self.model.training:
+            # The loader deals out batches rank by rank, then the next micro batch
+            step, batch_size = self.state.global_step, self._train_batch_size
+            first = (self._micro_batch * ranks + rank) * batch_size
+            total = ranks * batch_size * self.args.gradient_accumulation_steps
+        else:  # the same draws at every evaluation
+            step, batch_size = self._micro_batch, self.args.eval_batch_size
+            first, total = rank * batch_size, ranks * batch_size
+        key = [self.args.seed, step, int(self.model.training)]
+
         # On the CPU, so that a run gives the same draws on every device
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        noise = torch.randn(actions.shape, generator=generator)
-        time = sample_time(len(actions), config.time_sampler, config.time_alpha, config.time_scale, generator)
-        return {"noise": noise.to(actions.device), "time": time.to(actions.device)}
+        def generator(*place: int) -> torch.Generator:
+            return torch.Generator().manual_seed(int(np.random.SeedSequence([*key, *place]).generate_state(1)[0]))
+
+        noise = torch.stack(
+            [torch.randn(actions.shape[1:], generator=generator(first + i)) for i in range(len(actions))]
+        )
+        time = sample_time(total, config.time_sampler, config.time_alpha, config.time_scale, generator())
+        return {"noise": noise.to(actions.device), "time": time[first : first + len(actions)].to(actions.device)}
 
     def compute_loss(
         self,
@@ -135,9 +177,15 @@ class CoTrainingTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ):
         """The weighted sum of the losses, each scaled to this micro batch's share of the optimizer step."""
+        if self.accelerator.num_processes > 1:
+            inputs = complete_batch(inputs, self.accelerator.unwrap_model(model).config)
         if "actions" in inputs:
             inputs = {**inputs, **self._draw_flow(inputs["actions"])}
-        outputs = model(**inputs)
+        self._micro_batch += 1  # also without actions: it is the place in the step
+        if "labels" in inputs:
+            inputs = {**inputs, "labels": self._labels(inputs)}
+        stop_gradient = self.args.stops_gradient(self.state.global_step, self.state.max_steps)
+        outputs = model(**inputs, stop_gradient=stop_gradient)
         config = self.accelerator.unwrap_model(model).config
         weights = (1.0, config.action_token_loss_weight, config.text_loss_weight)
         counts = outputs.loss_counts
@@ -145,13 +193,17 @@ class CoTrainingTrainer(Trainer):
         # Gradients are averaged over ranks afterwards; the shares have to be summed
         shares = counts / totals.clamp(min=1) * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         sums = torch.zeros(3, device=counts.device)
-        loss = torch.zeros((), device=counts.device)
-        for i, (name, weight) in enumerate(zip(LOSS_NAMES, weights, strict=True)):
-            value = outputs.get(name)
+        objectives = {}
+        for i, (name, weight) in enumerate(zip(OBJECTIVES, weights, strict=True)):
+            value = outputs.get(f"{name}_loss")
             if value is not None:
-                loss = loss + weight * shares[i] * value
+                objectives[name] = weight * shares[i] * value
                 sums[i] = value.detach() * counts[i]
+        loss = sum(objectives.values(), torch.zeros((), device=counts.device))
         mode = "train" if model.training else "eval"
+        if model.training:
+            for instrument in self.instruments:
+                instrument.on_micro_batch(self.state.global_step, MicroBatch(inputs, outputs, objectives))
         self._metrics[mode] = self._metrics[mode].to(counts.device) + torch.stack([sums, counts])
         return (loss, outputs) if return_outputs else loss
 
@@ -163,6 +215,9 @@ class CoTrainingTrainer(Trainer):
             if count > 0:
                 logs[name if mode == "train" else f"eval_{name}"] = total / count
         self._metrics[mode].zero_()
+        if mode == "train":
+            for instrument in self.instruments:
+                logs |= instrument.take_logs()
         broken = {k: v for k, v in logs.items() if k.endswith("loss") and not math.isfinite(v)}
         if broken:
             raise FloatingPointError(
@@ -170,6 +225,54 @@ class CoTrainingTrainer(Trainer):
                 f"{self.args.learning_rate}), look at the data for extreme actions, or go on from the last checkpoint."
             )
         super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options):
+        """As `Trainer.train`; first deletes checkpoints that a killed run was writing, and never resumes from one."""
+        if self.args.should_save:
+            discard_unfinished(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        return super().train(resume_from_checkpoint, **options)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """As in `Trainer`, with the state of the data, and so that being killed at any moment does no harm."""
+        run = Path(self._get_output_dir(trial))
+        checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            run.mkdir(parents=True, exist_ok=True)
+            unfinished_marker(checkpoint).touch()
+        self.accelerator.wait_for_everyone()
+        # Older checkpoints may go when this one is whole, on all ranks, and not before
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and isinstance(self.train_dataset, CoTrainingMixture):
+            state = self.train_dataset.state(self.state.global_step * self.args.draws_per_step)
+            (checkpoint / DATA_STATE).write_text(json.dumps(state, indent=1) + "\n")
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            unfinished_marker(checkpoint).unlink()
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`, but the model that a run ends with is always whole, also where checkpoints are sharded."""
+        if not self.is_fsdp_enabled or _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        plugin = self.accelerator.state.fsdp_plugin
+        kept = plugin.state_dict_type.name
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.set_state_dict_type(kept)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As in `Trainer`; weights that were gathered from shards hold tied ones twice, and are written once."""
+        if state_dict is not None:
+            tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
+        super()._save(output_dir, state_dict)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Refuses to go on from a checkpoint that does not match; the parent class only warns."""
@@ -182,5 +285,5 @@ class CoTrainingTrainer(Trainer):
             )
 
     def evaluation_loop(self, *args, **kwargs):
-        self._draws = 0
+        self._micro_batch = 0
         return super().evaluation_loop(*args, **kwargs)

@@ -1,0 +1,120 @@
+"""The estimate of a run's memory and operations, against what is counted in real runs of tiny models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import HfArgumentParser
+
+from wallvla.configuration_wallvla import WallVLAConfig
+from wallvla.modeling_wallvla import WallVLAForConditionalGeneration
+from wallvla.trainers.co_training_config import CoTrainingConfig
+from wallvla.trainers.estimate import GIB, EstimateArguments, Workload, estimate_training, one_sample
+from wallvla.trainers.fine_tuning import FineTuningArguments
+from wallvla.trainers.muon import MuonWithAdamW
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SMALL = {"images": 2, "image_size": 32, "text_tokens": 20, "labels": 5}
+
+
+def counted_run(config, workload: Workload, bf16: bool) -> tuple[int, int]:
+    """Bytes that autograd keeps in a forward pass of the whole model, and operations of forward and backward."""
+    model = WallVLAForConditionalGeneration(config).train()
+    seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {p.shape for p in model.parameters() if p.ndim == 2} | {p.shape[::-1] for p in model.parameters()}
+    kept, total = [], 0
+
+    def pack(tensor):
+        nonlocal total
+        storage = tensor.untyped_storage()
+        copy_of_weight = bf16 and tensor.dtype == torch.bfloat16 and tensor.shape in weights
+        if storage.data_ptr() not in seen and not copy_of_weight:
+            seen.add(storage.data_ptr())
+            kept.append(tensor)
+            total += storage.nbytes()
+        return tensor
+
+    sample = one_sample(config, workload)
+    batch = {key: torch.cat([value] * workload.batch_size) for key, value in sample.items()}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        FlopCounterMode(display=False) as counter,
+    ):
+        model(**batch).loss.backward()
+    return total, counter.get_total_flops()
+
+
+def config() -> WallVLAConfig:
+    config = WallVLAConfig.tiny(vocab_size=512)
+    config.vlm_config.image_token_id = 500
+    return config
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_and_operations_of_a_tiny_run(bf16):
+    workload = Workload(batch_size=3, **SMALL)
+    estimate = estimate_training(config(), workload, bf16=bf16, gradient_checkpointing=False)
+    saved, flops = counted_run(config(), workload, bf16)
+    assert estimate.activations == pytest.approx(saved, rel=0.1)
+    assert estimate.flops == pytest.approx(flops, rel=0.1)
+
+
+def test_parameters_gradients_and_state_are_exact():
+    model = WallVLAForConditionalGeneration(config())
+    optimizer = MuonWithAdamW(model.named_parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    estimate = estimate_training(config(), Workload(**SMALL), optimizer="muon")
+    assert estimate.parameters == sum(p.nbytes for p in model.parameters())
+    assert estimate.gradients == estimate.parameters
+    # the step counters of AdamW are four bytes each, on the host
+    states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert estimate.optimizer_state == sum(value.nbytes for value in states)
+    assert estimate_training(config(), Workload(**SMALL)).optimizer_state == 2 * estimate.parameters
+
+
+def test_ranks_checkpointing_and_adapters_need_less():
+    whole = estimate_training(config(), Workload(**SMALL), gradient_checkpointing=False)
+    assert estimate_training(config(), Workload(**SMALL)).activations < whole.activations
+    shared = estimate_training(config(), Workload(ranks=4, **SMALL))
+    assert whole.parameters / 4 <= shared.parameters < whole.parameters / 3.9
+    with torch.device("meta"):
+        adapted = get_peft_model(
+            WallVLAForConditionalGeneration(config()), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        )
+    adapters = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
+    estimate = estimate_training(config(), Workload(**SMALL), model=adapted)
+    assert estimate.gradients == adapters and estimate.optimizer_state == 2 * adapters
+    assert estimate.parameters == whole.parameters + adapters
+
+
+FITS = {"train_full_80gb.yaml": 80e9, "train_8xh100.yaml": 80e9}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FITS)
+def test_examples_parse_and_fit_their_gpu(name):
+    """The real dataclasses read them, and the estimate in the comment is the one that the command prints."""
+    text = (EXAMPLES / name).read_text()
+    values = yaml.safe_load(text)
+    parser = HfArgumentParser((FineTuningArguments, CoTrainingConfig, EstimateArguments))
+    options, args, sizes = parser.parse_dict(values | {"use_cpu": True, "bf16": False})
+    assert options.model == "wall-oss" and values["bf16"] and args.optimizer == "muon"
+    estimate = estimate_training(
+        WallVLAConfig.wall_oss_05(), sizes.workload(args), args.optimizer, True, args.gradient_checkpointing
+    )
+    assert estimate.total < 0.9 * FITS[name]
+    for line in str(estimate).splitlines():
+        assert f"# {line}" in text, f"{name} should say\n{estimate}"
+    accelerate = yaml.safe_load((EXAMPLES / "accelerate" / name.replace("train_", "")).read_text())
+    assert accelerate["num_processes"] == sizes.estimate_ranks
+    assert accelerate["mixed_precision"] == "bf16"
+    if accelerate["num_processes"] > 1:
+        assert accelerate["fsdp_config"]["fsdp_version"] == 2
+    assert estimate.total / GIB > 1
