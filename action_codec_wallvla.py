@@ -1,14 +1,18 @@
 """The vision-aligned RVQ action tokenizer (Wall-OSS-0.5, section 2.1.2): action chunks to discrete tokens and back.
 
-    encoder     learned latent queries cross-attend to the steps of a chunk, the robot's state and its embodiment
+    encoder     a latent is a linear image of its segment of the chunk, plus what its learned query finds by
+                cross-attention to all steps, the robot's state and its embodiment
     quantiser   each latent becomes a sum of codes, one per level: coarse motion first, corrections after it
-    decoder     one query per step, for any number of steps, cross-attends to the quantised latents and the state
+    decoder     the linear image back, plus what one query per step, for any number of steps, finds by
+                cross-attention to the quantised latents and the state
+
+The corrections start at zero: an untrained codec is a product quantiser of the motion, and training improves on it.
 
 Chunks are the processor's normalised actions: displacements in the robot's reference frame, within [-1, 1]. The
 quantiser is our own, because code that the Hub ships beside weights must load without further packages.
 
-Shapes: B samples, H action steps, D action channels, S state channels, T latent steps, L levels, K codes of a level,
-C width of a code, W width of the networks, F width of the vision features.
+Shapes: B samples, H action steps, D action channels, S state channels, T latent steps, R grid steps of a latent's
+segment, L levels, K codes of a level, C width of a code, W width of the networks, F width of the vision features.
 """
 
 import hashlib
@@ -40,8 +44,11 @@ class WallVLAActionCodecConfig(PreTrainedConfig):
         Embodiments that can be told apart: `domain_ids` lie below it.
     hidden_size, num_layers, num_heads (`int`, *optional*, default to 256, 2, 4):
         Width W and depth of the encoder and of the decoder, and their attention heads.
-    latent_steps, num_levels, codebook_size, code_dim (`int`, *optional*, default to 8, 4, 1024, 64):
-        T, L, K and C: a chunk is T * L tokens out of L * K.
+    latent_steps, num_levels, codebook_size, code_dim (`int`, *optional*, default to 8, 4, 1024, 128):
+        T, L, K and C: a chunk is T * L tokens out of L * K. With C of at least R times the channels that a robot
+        uses, the linear path loses nothing but what the codes round off.
+    steps_per_latent (`int`, *optional*, defaults to 4):
+        R: the linear path sees a chunk on a grid of T * R steps, exactly so when it has that many.
     feature_dim (`int`, *optional*, defaults to 2048):
         Width F of the pooled vision features. 0 leaves the two visual objectives out.
     alignment (`str`, *optional*, defaults to `"contrastive"`):
@@ -72,13 +79,14 @@ class WallVLAActionCodecConfig(PreTrainedConfig):
     latent_steps: int = 8
     num_levels: int = 4
     codebook_size: int = 1024
-    code_dim: int = 64
+    code_dim: int = 128
+    steps_per_latent: int = 4
     feature_dim: int = 2048
     alignment: Literal["contrastive", "regression"] = "contrastive"
     temperature: float = 0.1
     reconstruction_weight: float = 1.0
-    alignment_weight: float = 0.05
-    next_frame_weight: float = 0.05
+    alignment_weight: float = 0.005
+    next_frame_weight: float = 0.01
     dct_weight: float = 0.2
     commitment_weight: float = 0.1
     dct_slope: float = 4.0
@@ -117,7 +125,7 @@ class ActionCodecOutput(ModelOutput):
 
     loss: weighted sum of the others, scalar. reconstruction_loss (mean squared error of the valid elements),
     alignment_loss, next_frame_loss, dct_loss, commitment_loss: scalars; the visual ones are `None` without features.
-    ids: (B, L * T) int64, `None` before the codebooks are initialised. reconstruction: (B, H, D) float32.
+    ids: (B, L * T) int64. reconstruction: (B, H, D) float32.
     """
 
     loss: Tensor | None = None
@@ -150,6 +158,21 @@ def phase_embedding(steps: int, width: int, device: torch.device) -> Tensor:
     frequencies = math.pi * 2 ** torch.linspace(0, 7, width // 2, device=device)
     angles = fraction[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def resample(values: Tensor, steps: int) -> Tensor:
+    """Values (B, N, ...) at `steps` moments of the same time span, linearly interpolated, both ends kept."""
+    if values.shape[1] == steps:
+        return values
+    resampled = F.interpolate(values.flatten(2).transpose(1, 2), size=steps, mode="linear", align_corners=True)
+    return resampled.transpose(1, 2).unflatten(2, values.shape[2:])
+
+
+def hold_padding(actions: Tensor, step_mask: Tensor) -> Tensor:
+    """Actions (B, H, D) whose padded steps (`step_mask` (B, H) False) repeat the valid one before them."""
+    index = torch.arange(actions.shape[1], device=actions.device)
+    held = torch.where(step_mask, index, 0).cummax(dim=1).values  # (B, H)
+    return actions.gather(1, held[..., None].expand_as(actions))
 
 
 class CrossAttention(nn.Module):
@@ -209,7 +232,16 @@ class ResidualQuantizer(nn.Module):
         return (codebook.square().sum(-1) - 2 * vectors @ codebook.T).argmin(dim=-1)
 
     def encode(self, latents: Tensor) -> Tensor:
-        """Latents (B, T, C) -> codes (B, L, T) int64, each within [0, K)."""
+        """Latents (B, T, C) -> codes (B, L, T) int64, each within [0, K).
+
+        Raises:
+            ValueError: codebooks that were never initialised.
+        """
+        if not self.initialised:
+            raise ValueError(
+                "The codebooks were never initialised, so tokens would mean nothing: call `initialise_codebooks`, as "
+                "`CodecTrainer` does, or load a trained codec."
+            )
         residual, codes = latents.flatten(0, 1), []
         for level in range(len(self.codebooks)):
             codes.append(self.nearest(residual, level))
@@ -297,11 +329,13 @@ class WallVLAActionCodec(PreTrainedModel):
         self.queries_in = nn.Embedding(config.latent_steps, width)
         self.encoder = nn.ModuleList(CodecLayer(config) for _ in range(config.num_layers))
         self.encoder_norm = nn.LayerNorm(width)
+        self.segment_in = nn.Linear(config.steps_per_latent * config.action_dim, config.code_dim, bias=False)
         self.code_out = nn.Linear(width, config.code_dim)
         self.quantizer = ResidualQuantizer(config)
         self.code_in = nn.Linear(config.code_dim, width)
         self.decoder = nn.ModuleList(CodecLayer(config) for _ in range(config.num_layers))
         self.decoder_norm = nn.LayerNorm(width)
+        self.segment_out = nn.Linear(config.code_dim, config.steps_per_latent * config.action_dim, bias=False)
         self.action_out = nn.Linear(width, config.action_dim)
         if features:
             latents = config.latent_steps * config.code_dim
@@ -315,12 +349,17 @@ class WallVLAActionCodec(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As the framework's, but the embeddings are as large as the phases that they are added to."""
+        """As the framework's, but the signal keeps its size, and the corrections of the linear path start at zero."""
         super()._init_weights(module)
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding):  # as large as the phases that they are added to
             init.normal_(module.weight, std=0.5)
-        if isinstance(module, nn.Linear):  # 0.02 is right for widths of thousands; here it would shrink the signal
+        if module is self.code_out or module is self.action_out:
+            init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):  # 0.02 is right for widths of thousands; here it would shrink the signal
             init.xavier_uniform_(module.weight)
+        if module is self:
+            init.orthogonal_(self.segment_in.weight)
+            init.copy_(self.segment_out.weight, self.segment_in.weight.T)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         """Refuses a checkpoint that does not match: nothing is ever silently random."""
@@ -351,11 +390,11 @@ class WallVLAActionCodec(PreTrainedModel):
     def fingerprint(self) -> str:
         """16 hexadecimal digits that name the meaning of the tokens: every tensor and size of this codec."""
         digest = hashlib.sha256()
-        sizes = ("action_dim", "state_dim", "latent_steps", "num_levels", "codebook_size", "num_heads", "num_layers")
+        sizes = ("latent_steps", "num_levels", "num_heads", "steps_per_latent")  # the tensors' shapes say the rest
         fields = self.config.to_dict()
         digest.update(json.dumps({name: fields[name] for name in sizes}).encode())
         for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().float().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -382,10 +421,6 @@ class WallVLAActionCodec(PreTrainedModel):
             ValueError: a wrong shape, NaN or infinity, a chunk without a valid element, codebooks never trained.
         """
         inputs = self._checked(actions, state, action_mask, domain_ids)
-        if not self.quantizer.initialised:
-            raise ValueError(
-                "The codebooks were never initialised, so tokens would mean nothing: train this codec, or load one."
-            )
         with torch.autocast(actions.device.type, enabled=False):
             return self._to_ids(self.quantizer.encode(self._latents(*inputs)))
 
@@ -501,9 +536,9 @@ class WallVLAActionCodec(PreTrainedModel):
         latents = queries + condition
         for layer in self.encoder:
             latents = layer(latents, context, readable)
-        latents = self.code_out(self.encoder_norm(latents))
-        # Of one length, or the encoder could shrink the commitment loss by shrinking what it says
-        return F.layer_norm(latents, latents.shape[-1:])
+        held = resample(hold_padding(actions, mask.any(dim=2)), config.latent_steps * config.steps_per_latent)
+        segments = held.unflatten(1, (config.latent_steps, -1)).flatten(2)  # (B, T, R * D)
+        return self.segment_in(segments) + self.code_out(self.encoder_norm(latents))
 
     def _reconstruct(
         self, quantised: Tensor, state: Tensor, domain_ids: Tensor, channels: Tensor, horizon: int
@@ -517,7 +552,9 @@ class WallVLAActionCodec(PreTrainedModel):
         steps = condition + phase_embedding(horizon, config.hidden_size, memory.device)
         for layer in self.decoder:
             steps = layer(steps, context)
-        return torch.where(channels[:, None], self.action_out(self.decoder_norm(steps)), 0.0)
+        segments = self.segment_out(quantised).unflatten(2, (config.steps_per_latent, -1)).flatten(1, 2)
+        actions = resample(segments, horizon) + self.action_out(self.decoder_norm(steps))
+        return torch.where(channels[:, None], actions, 0.0)
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -550,10 +587,7 @@ class WallVLAActionCodec(PreTrainedModel):
         next_features: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> ActionCodecOutput:
-        """The losses of a batch. In training mode the codebooks follow it.
-
-        Before `initialise_codebooks` the latents pass unquantised, without `ids`: an encoder that has learnt a little
-        gives the codebooks a far better start than a random one.
+        """The losses of a batch. In training mode the codebooks follow it; `initialise_codebooks` comes first.
 
         Args:
             actions, state, action_mask, domain_ids: see `encode`.
@@ -565,9 +599,8 @@ class WallVLAActionCodec(PreTrainedModel):
         actions, mask, state, domain_ids = self._checked(actions, state, action_mask, domain_ids)
         with torch.autocast(actions.device.type, enabled=False):
             latents = self._latents(actions, mask, state, domain_ids)
-            output, quantised = ActionCodecOutput(), latents
-            if self.quantizer.initialised:
-                quantised = self._quantise(latents, output, generator)
+            output = ActionCodecOutput()
+            quantised = self._quantise(latents, output, generator)
             output.reconstruction = self._reconstruct(quantised, state, domain_ids, mask.any(dim=1), actions.shape[1])
             self._action_losses(output, actions, mask)
             if features is not None and config.feature_dim:

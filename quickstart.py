@@ -356,7 +356,7 @@ def cpu_has_bf16() -> bool:
     """Whether bf16 is faster than float32 on this CPU: it multiplies bf16 matrices in hardware, and not by AMX tiles.
 
     With AMX torch 2.13 spends half of a training step of this size in the backward pass of attention and of the patch
-    embedding (one core: 51 samples/s in bf16, 85 in float32).
+    embedding (one core: 48 samples/s in bf16, 85 in float32).
     """
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 

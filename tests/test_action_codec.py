@@ -21,6 +21,8 @@ from wallvla.action_codec_wallvla import (
     WallVLAActionCodec,
     WallVLAActionCodecConfig,
     dct_matrix,
+    hold_padding,
+    resample,
 )
 from wallvla.action_space_wallvla import Embodiment
 from wallvla.baseline_codecs_wallvla import BinningActionCodec, FASTActionCodec, load_action_codec
@@ -48,9 +50,13 @@ def small_config(**overrides) -> WallVLAActionCodecConfig:
     return WallVLAActionCodecConfig(**sizes | tokens | overrides)
 
 
-def small_codec(seed: int = 0, **overrides) -> WallVLAActionCodec:
+def small_codec(seed: int = 0, corrections: float = 0.1, **overrides) -> WallVLAActionCodec:
+    """A random codec; `corrections` is the size of the weights that are 0 in an untrained one."""
     torch.manual_seed(seed)
     codec = WallVLAActionCodec(small_config(**overrides)).eval()
+    with torch.no_grad():
+        for layer in (codec.code_out, codec.action_out):
+            layer.weight.normal_(std=corrections, generator=rng(seed))
     actions = smooth(64, 8, codec.config.action_dim)
     codec.initialise_codebooks(actions, generator=rng(seed))
     return codec
@@ -139,18 +145,20 @@ def test_kmeans_finds_clusters_and_refuses_too_few_vectors():
 
 def test_codebooks_follow_the_data_and_dead_codes_come_back():
     quantizer = small_codec(codebook_size=4, num_levels=1).quantizer
-    with torch.no_grad():
-        quantizer.codebooks[0, 3] = quantizer.code_sums[0, 3] = 1000.0
+    centres = 3 * torch.eye(4, 16)
+    latents = (centres[:, None] + 0.1 * torch.randn(4, 16, 16, generator=rng(2))).flatten(0, 1)[:, None]  # (64, 1, 16)
+    with torch.no_grad():  # three codes near the middle, and one that nothing ever chooses
+        quantizer.codebooks[0] = 0.1 * torch.randn(4, 16, generator=rng(3))
+        quantizer.codebooks[0, 3] = 1000.0
         quantizer.code_counts[0] = torch.tensor([5.0, 5.0, 5.0, 1.0])
-    latents = torch.randn(32, 2, 16, generator=rng(2))
-    distance = []
-    for step in range(60):
-        codes = quantizer.encode(latents)
-        distance.append((latents - quantizer.decode(codes)[-1]).square().mean().item())
-        quantizer.update(latents, codes, rng(step))
-    assert distance[-1] < 0.9 * distance[0]
-    assert quantizer.codebooks[0, 3].abs().max() < 10
-    assert set(quantizer.encode(latents).unique().tolist()) == {0, 1, 2, 3}
+        quantizer.code_sums[0] = quantizer.codebooks[0] * quantizer.code_counts[0][:, None]
+    for step in range(200):
+        quantizer.update(latents, quantizer.encode(latents), rng(step))
+    codes = quantizer.encode(latents)
+    assert set(codes.unique().tolist()) == {0, 1, 2, 3}  # one for each cluster
+    torch.testing.assert_close(
+        quantizer.decode(codes)[-1], centres.repeat_interleave(16, 0)[:, None], atol=0.1, rtol=0
+    )
 
 
 def test_codebook_use_counts_codes():
@@ -160,6 +168,38 @@ def test_codebook_use_counts_codes():
 
 
 # ---- tokens
+
+
+@pytest.mark.parametrize("steps", [1, 5, 8, 13])
+def test_resampling_keeps_lines_and_undoes_itself(steps):
+    slope, start = torch.randn(2, 3, 1, 2, generator=rng(0))
+
+    def line(count: int) -> torch.Tensor:
+        return start + slope * torch.linspace(0, 1, count)[:, None] if count > 1 else start
+
+    for more in (steps, steps + 7, 2 * steps):
+        torch.testing.assert_close(
+            resample(line(steps), more), line(more) if steps > 1 else start.expand(-1, more, -1)
+        )
+        torch.testing.assert_close(resample(resample(line(steps), more), steps), line(steps))
+
+
+def test_padded_steps_repeat_the_valid_one_before():
+    actions = torch.arange(10.0).view(2, 5, 1)
+    mask = torch.tensor([[True, True, True, False, False], [True, False, True, True, False]])
+    held = hold_padding(actions, mask)
+    assert held.flatten(1).tolist() == [[0, 1, 2, 2, 2], [5, 5, 7, 8, 8]]
+
+
+def test_an_untrained_codec_is_a_product_quantiser():
+    """On the grid, encoder and decoder start as one isometry and its transpose: only the codes round."""
+    codec = small_codec(corrections=0.0)
+    actions = smooth(20, 8, 4, seed=3)
+    latents = codec._latents(*codec._checked(actions, None, None, None))
+    torch.testing.assert_close(latents, codec.segment_in(actions.view(20, 2, 16)))
+    decoded = codec.decode(codec.encode(actions), None, 8)
+    rounding = codec.quantizer.decode(codec.quantizer.encode(latents))[-1] - latents
+    torch.testing.assert_close((decoded - actions).square().sum(), rounding.square().sum())
 
 
 @pytest.mark.parametrize("horizon", [8, 13, 32, 64])
@@ -393,7 +433,7 @@ def test_every_objective_reaches_the_encoder(alignment):
         assert gradient.abs().sum() > 0, name
 
 
-def train(folder, features: bool = True, **options) -> CodecTrainer:
+def train(folder, features: bool = True, codec: WallVLAActionCodecConfig | None = None, **options) -> CodecTrainer:
     datasets = [Motion(), Motion(seed=1)]
     chunks = ActionChunks(datasets, robot(), 4, 4, [np.hstack([d.states, d.states[:, :2]]) for d in datasets])
     if not features:
@@ -402,7 +442,6 @@ def train(folder, features: bool = True, **options) -> CodecTrainer:
     defaults = {
         "output_dir": str(folder),
         "max_steps": 120,
-        "codebook_start": 15,
         "per_device_train_batch_size": 64,
         "logging_steps": 10,
         "use_cpu": True,
@@ -411,7 +450,7 @@ def train(folder, features: bool = True, **options) -> CodecTrainer:
         "disable_tqdm": True,
         "learning_rate": 3e-3,
     }
-    codec = WallVLAActionCodec(small_config())
+    codec = WallVLAActionCodec(small_config() if codec is None else codec)
     trainer = CodecTrainer(codec, CodecTrainingConfig(**defaults | options), chunks)
     trainer.train()
     return trainer
@@ -420,10 +459,11 @@ def train(folder, features: bool = True, **options) -> CodecTrainer:
 def test_training_learns_and_logs_every_loss(tmp_path):
     trainer = train(tmp_path)
     log = [entry for entry in trainer.state.log_history if "reconstruction_loss" in entry]
-    for name in ("reconstruction_loss", "alignment_loss", "next_frame_loss", "dct_loss"):
-        assert log[-1][name] < log[0][name], name
+    for name in ("loss", "alignment_loss", "next_frame_loss"):
+        assert log[-1][name] < 0.9 * log[0][name], name
+    for name in ("reconstruction_loss", "dct_loss"):  # at the start all codes serve them, then they share
+        assert log[-1][name] < 1.3 * log[0][name], name
     assert log[-1]["usage_0"] > 0.5 and 1 < log[-1]["perplexity_2"] <= 16
-    assert "usage_0" not in log[0]  # the codebooks start at step 15
     codec = trainer.model.eval()
     chunks = trainer.train_dataset.__getitems__(list(range(0, 200)))
     inputs = (chunks["actions"], chunks["state"], chunks["action_mask"])
@@ -437,6 +477,13 @@ def test_training_learns_and_logs_every_loss(tmp_path):
     assert again.model.fingerprint() == codec.fingerprint()
 
 
+def test_training_improves_on_the_product_quantiser(tmp_path):
+    config = small_config(feature_dim=0, alignment_weight=0.0, next_frame_weight=0.0, level_dropout=0.0)
+    log = train(tmp_path, features=False, codec=config, max_steps=400).state.log_history
+    losses = [entry["reconstruction_loss"] for entry in log if "reconstruction_loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
 def test_a_codec_of_many_lengths(tmp_path):
     """With `min_horizon` short chunks decode; the codec that only saw whole ones does worse."""
     errors = []
@@ -446,7 +493,7 @@ def test_a_codec_of_many_lengths(tmp_path):
         short = batch["actions"][:, :3], batch["state"], batch["action_mask"][:, :3]
         decoded = trainer.model.eval().decode(trainer.model.encode(*short), batch["state"], 3)
         errors.append(((decoded - short[0]) * short[2]).square().mean().item())
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < errors[0] < 0.1 * (short[0] * short[2]).square().mean()
 
 
 def test_one_command_trains_on_a_dataset(tmp_path):
@@ -466,7 +513,7 @@ def test_one_command_trains_on_a_dataset(tmp_path):
                 writer.add_frame(numbers | {"observation.images.front": image})
             writer.save_episode("move")
     hub, data, output = (str(tmp_path / name) for name in ("hub", "data", "codec"))
-    sizes = "--latent_steps 2 --codebook_size 16 --hidden_size 32 --max_steps 4 --codebook_start 2"
+    sizes = "--latent_steps 2 --codebook_size 16 --hidden_size 32 --max_steps 4"
     quiet = "--use_cpu --report_to none --save_strategy no --disable_tqdm true"
     command = f"train-codec --dataset {data} --vision {hub} --model {hub} --output_dir {output} {sizes} {quiet}"
     cli.main(command.split())

@@ -37,7 +37,6 @@ class CodecTrainingConfig(TrainingArguments):
         default=None,
         metadata={"help": "Half of the batches are cut to a random length from this on: one codec for many lengths."},
     )
-    codebook_start: int = field(default=200, metadata={"help": "Steps without quantisation; then k-means codebooks."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Chunks of a batch."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after warm-up."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up: a number of steps, or a share below 1."})
@@ -51,8 +50,8 @@ class CodecTrainer(Trainer):
     Trains a [`WallVLAActionCodec`] on [`ActionChunks`]. Logs every loss apart, and per level the share of codes in use
     and their perplexity since the last log.
 
-    Dropped levels and revived codes are drawn from (seed, rank, step, micro batch), so runs repeat. The first
-    `codebook_start` steps train without quantisation; then k-means sets the codebooks.
+    Dropped levels and revived codes are drawn from (seed, rank, step, micro batch), so runs repeat. A codec that was
+    never trained starts from k-means codebooks of random chunks.
 
     Args:
         model, args, train_dataset: the codec, the options, the chunks.
@@ -62,8 +61,8 @@ class CodecTrainer(Trainer):
     model_accepts_loss_kwargs = False
 
     def __init__(self, model: WallVLAActionCodec, args: CodecTrainingConfig, train_dataset: ActionChunks):
-        if model.config.feature_dim and not model.quantizer.initialised:
-            set_feature_statistics(model, train_dataset, args.seed)
+        if not model.quantizer.initialised:
+            start_codec(model, train_dataset, args.seed)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=_identity)
         self._sums, self._batches = torch.zeros(len(CODEC_LOSSES)), 0
         self._counts = torch.zeros(model.config.num_levels, model.config.codebook_size, dtype=torch.int64)
@@ -79,23 +78,14 @@ class CodecTrainer(Trainer):
         """The weighted sum of the losses, from draws that depend on the step alone."""
         key = [self.args.seed, self.accelerator.process_index, self.state.global_step, self._draws]
         self._draws = (self._draws + 1) % self.args.gradient_accumulation_steps
-        codec = self.accelerator.unwrap_model(model)
-        if self.state.global_step >= self.args.codebook_start and not codec.quantizer.initialised:
-            batch = random_chunks(self.train_dataset, self.args.seed)
-            inputs_of_encode = {
-                name: values.to(codec.device) for name, values in batch.items() if "features" not in name
-            }
-            codec.initialise_codebooks(**inputs_of_encode, generator=torch.Generator().manual_seed(self.args.seed))
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         output = model(**self._cut(inputs, generator), generator=generator)
         for i, name in enumerate(CODEC_LOSSES):
             if output.get(name) is not None:
                 self._sums[i] += output[name].detach().cpu()
         self._batches += 1
-        if output.ids is not None:
-            self._counts += torch.bincount(output.ids.flatten().cpu(), minlength=self._counts.numel()).view_as(
-                self._counts
-            )
+        uses = torch.bincount(output.ids.flatten().cpu(), minlength=self._counts.numel())
+        self._counts += uses.view_as(self._counts)
         return (output.loss, output) if return_outputs else output.loss
 
     def _cut(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -114,8 +104,7 @@ class CodecTrainer(Trainer):
             for name, total in zip(CODEC_LOSSES, self._sums.tolist(), strict=True):
                 if config.feature_dim or name not in ("alignment_loss", "next_frame_loss"):
                     logs[name] = total / self._batches
-            uses = codebook_use(self._counts) if self._counts.any() else []
-            for level, (usage, perplexity) in enumerate(uses):
+            for level, (usage, perplexity) in enumerate(codebook_use(self._counts)):
                 logs[f"usage_{level}"], logs[f"perplexity_{level}"] = usage, perplexity
             self._sums.zero_()
             self._counts.zero_()
@@ -140,20 +129,23 @@ def random_chunks(chunks: ActionChunks, seed: int) -> dict[str, Tensor]:
     return chunks.__getitems__(order.tolist())
 
 
-def set_feature_statistics(codec: WallVLAActionCodec, chunks: ActionChunks, seed: int) -> None:
-    """Sets the mean and deviation of the vision features from random chunks.
+def start_codec(codec: WallVLAActionCodec, chunks: ActionChunks, seed: int) -> None:
+    """Sets the statistics of the vision features and the codebooks of a new codec from random chunks.
 
     Raises:
-        ValueError: the chunks have no vision features, or of another width.
+        ValueError: the chunks have no vision features, or of another width; fewer latents than codes.
     """
-    features = random_chunks(chunks, seed).get("features")
-    found = 0 if features is None else features.shape[1]
-    if found != codec.config.feature_dim:
-        raise ValueError(
-            f"The codec has feature_dim {codec.config.feature_dim}, the chunks have vision features of width {found}. "
-            "Give the features of the VLM, or a codec of their width (0 for none)."
-        )
-    codec.set_feature_statistics(features.mean(dim=0), features.std(dim=0))
+    batch = random_chunks(chunks, seed)
+    features, _ = batch.pop("features", None), batch.pop("next_features", None)
+    if codec.config.feature_dim:
+        found = 0 if features is None else features.shape[1]
+        if found != codec.config.feature_dim:
+            raise ValueError(
+                f"The codec has feature_dim {codec.config.feature_dim}, the chunks have vision features of width "
+                f"{found}. Give the features of the VLM, or a codec of their width (0 for none)."
+            )
+        codec.set_feature_statistics(features.mean(dim=0), features.std(dim=0))
+    codec.initialise_codebooks(**batch, generator=torch.Generator().manual_seed(seed))
 
 
 class VisionEmbedder:
@@ -204,8 +196,8 @@ class CodecArguments:
     num_levels: int = field(default=4, metadata={"help": "Codes of a latent."})
     codebook_size: int = field(default=1024, metadata={"help": "Codes of a level."})
     hidden_size: int = field(default=256, metadata={"help": "Width of encoder and decoder."})
-    alignment_weight: float = field(default=0.05, metadata={"help": "Weight of the visual-action alignment."})
-    next_frame_weight: float = field(default=0.05, metadata={"help": "Weight of the next-frame prediction."})
+    alignment_weight: float = field(default=0.005, metadata={"help": "Weight of the visual-action alignment."})
+    next_frame_weight: float = field(default=0.01, metadata={"help": "Weight of the next-frame prediction."})
     dct_weight: float = field(default=0.2, metadata={"help": "Weight of the reconstruction in the DCT domain."})
     vision_cache: str | None = field(default=None, metadata={"help": "Folder of cached features. Default: in output."})
 
