@@ -109,7 +109,7 @@ def test_muon_gets_the_matrices_of_every_layer():
 
 
 def test_muon_trains_and_resumes(processor, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "use_muon": True}
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "optimizer": "muon"}
     whole = make_trainer(processor, tmp_path, **options)
     whole.train()
     assert any(group["muon"] for group in whole.optimizer.param_groups)

@@ -6,6 +6,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from .muon import MATRICES
+
 
 @dataclass
 class CoTrainingConfig(TrainingArguments):
@@ -25,7 +27,12 @@ class CoTrainingConfig(TrainingArguments):
     gradient_bridge_steps (`int`, *optional*, defaults to 0):
         Steps between two measurements of [`GradientBridgeCallback`]; 0: none.
 
-    `use_muon` (`bool`, *optional*, defaults to `False`) chooses [`MuonWithAdamW`] instead of AdamW for everything.
+    optimizer (`str`, *optional*, defaults to `"adamw"`):
+        `"adamw"`, or `"muon"`: Muon on the matrices of the layers and AdamW on the rest (section 2.2.4,
+        [`MuonWithAdamW`]). `"muon_naive"` and `"torch_muon"` are its baselines, for measurements.
+    muon_matrices (`str`, *optional*):
+        Regular expression: Muon gets the 2-D parameters in whose name it is found. By default those of the layers of
+        both experts and of the blocks of the vision tower.
 
     All of [`~transformers.TrainingArguments`], with these other defaults:
 
@@ -50,8 +57,12 @@ class CoTrainingConfig(TrainingArguments):
     gradient_bridge_steps: int = field(
         default=0, metadata={"help": "Steps between two measurements of each objective's gradient; 0: none."}
     )
-    use_muon: bool = field(
-        default=False, metadata={"help": "Muon on the matrices of the layers, AdamW on the rest (section 2.2.4)."}
+    optimizer: Literal["adamw", "muon", "muon_naive", "torch_muon"] = field(
+        default="adamw",
+        metadata={"help": "muon: Muon on the matrices of the layers, AdamW on the rest. The other two are baselines."},
+    )
+    muon_matrices: str = field(
+        default=MATRICES, metadata={"help": "Regular expression: names of the matrices that Muon gets."}
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second moment of AdamW."})
@@ -80,3 +91,8 @@ class CoTrainingConfig(TrainingArguments):
             switch = self.switch_step if self.switch_step >= 1 else math.ceil(self.switch_step * max_steps)
             return step < switch
         return self.strategy == "stop_gradient"
+
+    @property
+    def draws_per_step(self) -> int:
+        """Samples of one optimizer step, over all ranks and micro batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size

@@ -1,7 +1,9 @@
 """Gradient-bridged co-training as a `transformers.Trainer` (Wall-OSS-0.5, section 2.2.1)."""
 
+import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..data.mixture import CoTrainingMixture
 from ..flow_matching_wallvla import sample_time
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from .co_training_config import CoTrainingConfig
+from .distributed import DATA_STATE, complete_batch, discard_unfinished, unfinished_marker
 from .gradient_bridge import OBJECTIVES, GradientBridgeCallback
 from .instrument import Instrument, MicroBatch
-from .muon import MuonWithAdamW
+from .muon import OPTIMIZERS, is_muon_parameter
 
 
 LOSS_NAMES = tuple(f"{name}_loss" for name in OBJECTIVES)
@@ -37,8 +42,11 @@ class CoTrainingTrainer(Trainer):
     Each loss is averaged over all its own elements in the whole optimizer step: over the micro batches that are
     accumulated and over all ranks. A batch or a rank without a kind of sample biases nothing.
 
-    The noise and the time of the flow are drawn from (seed, rank, step, micro batch), so a resumed run sees the draws
-    it would have seen, and two ranks never see the same.
+    The noise and the time of the flow are drawn from (seed, step, place in the step), so a resumed run sees the draws
+    it would have seen, also with other ranks and micro batches.
+
+    A checkpoint is whole or it is absent: while it is written a file `checkpoint-N.unfinished` lies beside it, and
+    what a killed run left behind is deleted when training starts.
 
     Args:
         model: the model to train.
@@ -93,15 +101,17 @@ class CoTrainingTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW as in `Trainer`, or Muon with AdamW."""
-        if not self.args.use_muon:
+        if self.args.optimizer == "adamw":
             return super().create_optimizer(model)
         if self.optimizer is None:
-            self.optimizer = MuonWithAdamW(
+            self.optimizer = OPTIMIZERS[self.args.optimizer](
                 (self.model if model is None else model).named_parameters(),
                 lr=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
+                is_muon=partial(is_muon_parameter, matrices=self.args.muon_matrices),
+                dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
             )
         return self.optimizer
 
@@ -133,16 +143,32 @@ class CoTrainingTrainer(Trainer):
         return self.accelerator.reduce(counts, reduction="sum")
 
     def _draw_flow(self, actions: Tensor) -> dict[str, Tensor]:
-        """Noise (B, H, D) and times (B,) that depend only on seed, rank, step and micro batch."""
+        """Noise (B, H, D) and times (B,) that depend only on seed, step and the place of a sample in the step.
+
+        So it does not matter how ranks and micro batches share a step, and a run may go on with other ones.
+        """
         config = self.accelerator.unwrap_model(self.model).config
-        step = self.state.global_step if self.model.training else 0  # the same draws at every evaluation
-        key = [self.args.seed, self.accelerator.process_index, step, self._draws, int(self.model.training)]
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if self.model.training:
+            # The loader deals out batches rank by rank, then the next micro batch
+            step, batch_size = self.state.global_step, self._train_batch_size
+            first = (self._draws * ranks + rank) * batch_size
+            total = ranks * batch_size * self.args.gradient_accumulation_steps
+        else:  # the same draws at every evaluation
+            step, batch_size = self._draws, self.args.eval_batch_size
+            first, total = rank * batch_size, ranks * batch_size
         self._draws += 1
+        key = [self.args.seed, step, int(self.model.training)]
+
         # On the CPU, so that a run gives the same draws on every device
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        noise = torch.randn(actions.shape, generator=generator)
-        time = sample_time(len(actions), config.time_sampler, config.time_alpha, config.time_scale, generator)
-        return {"noise": noise.to(actions.device), "time": time.to(actions.device)}
+        def generator(*place: int) -> torch.Generator:
+            return torch.Generator().manual_seed(int(np.random.SeedSequence([*key, *place]).generate_state(1)[0]))
+
+        noise = torch.stack(
+            [torch.randn(actions.shape[1:], generator=generator(first + i)) for i in range(len(actions))]
+        )
+        time = sample_time(total, config.time_sampler, config.time_alpha, config.time_scale, generator())
+        return {"noise": noise.to(actions.device), "time": time[first : first + len(actions)].to(actions.device)}
 
     def compute_loss(
         self,
@@ -152,6 +178,8 @@ class CoTrainingTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ):
         """The weighted sum of the losses, each scaled to this micro batch's share of the optimizer step."""
+        if self.accelerator.num_processes > 1:
+            inputs = complete_batch(inputs, self.accelerator.unwrap_model(model).config)
         if "actions" in inputs:
             inputs = {**inputs, **self._draw_flow(inputs["actions"])}
         if "labels" in inputs:
@@ -197,6 +225,47 @@ class CoTrainingTrainer(Trainer):
                 f"{self.args.learning_rate}), look at the data for extreme actions, or go on from the last checkpoint."
             )
         super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options):
+        """As `Trainer.train`; first deletes checkpoints that a killed run was writing, and never resumes from one."""
+        if self.args.should_save:
+            discard_unfinished(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        return super().train(resume_from_checkpoint, **options)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """As in `Trainer`, with the state of the data, and so that being killed at any moment does no harm."""
+        run = Path(self._get_output_dir(trial))
+        checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            run.mkdir(parents=True, exist_ok=True)
+            unfinished_marker(checkpoint).touch()
+        self.accelerator.wait_for_everyone()
+        # Older checkpoints may go when this one is whole, on all ranks, and not before
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and isinstance(self.train_dataset, CoTrainingMixture):
+            state = self.train_dataset.state(self.state.global_step * self.args.draws_per_step)
+            (checkpoint / DATA_STATE).write_text(json.dumps(state, indent=1) + "\n")
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            unfinished_marker(checkpoint).unlink()
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`, but the model that a run ends with is always whole, also where checkpoints are sharded."""
+        if not self.is_fsdp_enabled or _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        plugin = self.accelerator.state.fsdp_plugin
+        kept = plugin.state_dict_type.name
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.set_state_dict_type(kept)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Refuses to go on from a checkpoint that does not match; the parent class only warns."""

@@ -5,8 +5,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModel, AutoProcessor, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModel, AutoProcessor
 
 from ..action_space_wallvla import Embodiment, short_camera_key
 from ..data.augmentation import (
@@ -29,9 +28,7 @@ from ..data.recipe import build_mixture, read_recipe
 from ..data.statistics import compute_statistics
 from .co_training_config import CoTrainingConfig
 from .co_training_trainer import CoTrainingTrainer
-
-
-STATE_FILE = "mixture_state.json"
+from .distributed import DATA_STATE, last_checkpoint
 
 
 @dataclass
@@ -162,30 +159,16 @@ def prepare_mixture(options: FineTuningArguments, args: CoTrainingConfig, proces
         )
         questions = MultimodalDataset(options.multimodal) if options.multimodal else None
         mixture = CoTrainingMixture(dataset, questions, multimodal_fraction=options.multimodal_fraction, **common)
-    draws_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    draws_per_step = args.draws_per_step
     if args.max_steps <= 0:
         args.max_steps = math.ceil(mixture.epochs_length(args.num_train_epochs) / draws_per_step)
     mixture.set_length(args.max_steps * draws_per_step)
     return mixture
 
 
-class MixtureStateCallback(TrainerCallback):
-    """Saves with every checkpoint how much of the mixture was used, so that a run goes on exactly there, also with
-    another batch size or another number of processes."""
-
-    def __init__(self, mixture: CoTrainingMixture, draws_per_step: int):
-        self._mixture, self._draws_per_step = mixture, draws_per_step
-
-    def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            saved = self._mixture.state(state.global_step * self._draws_per_step)
-            (folder / STATE_FILE).write_text(json.dumps(saved, indent=1) + "\n")
-
-
 def resume_mixture(mixture: CoTrainingMixture, checkpoint: str | Path, draws_per_step: int) -> None:
     """Makes the mixture go on where the run that wrote `checkpoint` stopped; the trainer counts steps of its own."""
-    file = Path(checkpoint) / STATE_FILE
+    file = Path(checkpoint) / DATA_STATE
     if not file.is_file():
         return  # of a version that did not write it: right if the batch size is what it was
     step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
@@ -201,18 +184,16 @@ def fine_tune(options: FineTuningArguments, args: CoTrainingConfig) -> Path:
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModel.from_pretrained(options.model, dtype="float32")
     mixture = prepare_mixture(options, args, processor)
-    draws_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     folder = Path(args.output_dir)
-    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
-        resume_mixture(mixture, checkpoint, draws_per_step)
+        resume_mixture(mixture, checkpoint, args.draws_per_step)
     trainer = CoTrainingTrainer(
         model=model,
         args=args,
         data_collator=Collator(processor),
         train_dataset=mixture,
         processing_class=processor,
-        callbacks=[MixtureStateCallback(mixture, draws_per_step)],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder))
