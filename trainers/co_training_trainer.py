@@ -1,13 +1,13 @@
 """Gradient-bridged co-training as a `transformers.Trainer` (Wall-OSS-0.5, section 2.2.1)."""
 
 import json
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -21,6 +21,7 @@ from .distributed import DATA_STATE, complete_batch, discard_unfinished, unfinis
 from .gradient_bridge import OBJECTIVES, GradientBridgeCallback
 from .instrument import Instrument, MicroBatch
 from .muon import OPTIMIZERS, is_muon_parameter
+from .parameter_groups import freeze, split_by_rate
 
 
 LOSS_NAMES = tuple(f"{name}_loss" for name in OBJECTIVES)
@@ -76,6 +77,8 @@ class CoTrainingTrainer(Trainer):
             processing_class.check_model(model.config)
         if args.loss_space is not None:
             model.config.loss_space = args.loss_space
+        if args.freeze:
+            freeze(model, args.freeze)
         callbacks = list(callbacks or ())
         if args.gradient_bridge_steps:
             plot = Path(args.output_dir) / "gradient_bridge.png"
@@ -100,12 +103,15 @@ class CoTrainingTrainer(Trainer):
         self._metrics = {"train": torch.zeros(2, 3), "eval": torch.zeros(2, 3)}  # sums and counts of each loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW as in `Trainer`, or Muon with AdamW."""
+        """AdamW as in `Trainer`, or Muon with AdamW; each part of the model at its own rate, if it has one."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
         if self.args.optimizer == "adamw":
-            return super().create_optimizer(model)
-        if self.optimizer is None:
+            super().create_optimizer(model)
+        else:
             self.optimizer = OPTIMIZERS[self.args.optimizer](
-                (self.model if model is None else model).named_parameters(),
+                model.named_parameters(),
                 lr=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
@@ -113,6 +119,8 @@ class CoTrainingTrainer(Trainer):
                 is_muon=partial(is_muon_parameter, matrices=self.args.muon_matrices),
                 dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
             )
+        if any(rate is not None for rate in self.args.learning_rates.values()):
+            split_by_rate(self.optimizer, model, self.args.learning_rates)
         return self.optimizer
 
     def _labels(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -202,13 +210,27 @@ class CoTrainingTrainer(Trainer):
         loss = sum(objectives.values(), torch.zeros((), device=counts.device))
         mode = "train" if model.training else "eval"
         if model.training:
+            if not loss.isfinite():
+                self._stop_at(inputs, {name: value.item() for name, value in objectives.items()})
             for instrument in self.instruments:
                 instrument.on_micro_batch(self.state.global_step, MicroBatch(inputs, outputs, objectives))
         self._metrics[mode] = self._metrics[mode].to(counts.device) + torch.stack([sums, counts])
         return (loss, outputs) if return_outputs else loss
 
+    def _stop_at(self, inputs: Mapping[str, Tensor], objectives: dict[str, float]) -> None:
+        """Saves the micro batch whose loss is not finite, as the model got it, and stops the run."""
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        step, rank = self.state.global_step, self.accelerator.process_index
+        file = folder / f"nonfinite-step-{step}-rank-{rank}.safetensors"
+        save_file({name: value.detach().cpu().contiguous() for name, value in inputs.items()}, file)
+        raise FloatingPointError(
+            f"The loss is not finite at step {step}: {objectives}. The batch is in {file}: look there for extreme "
+            f"actions, lower the learning rate (it is {self.args.learning_rate}), or go on from the last checkpoint."
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each loss since the last log; a loss that is not finite stops the run."""
+        """Adds the mean of each loss since the last log, and what the instruments found."""
         mode = "train" if self.model.training else "eval"
         sums, counts = self.accelerator.reduce(self._metrics[mode], reduction="sum").tolist()
         for name, total, count in zip(LOSS_NAMES, sums, counts, strict=True):
@@ -218,12 +240,6 @@ class CoTrainingTrainer(Trainer):
         if mode == "train":
             for instrument in self.instruments:
                 logs |= instrument.take_logs()
-        broken = {k: v for k, v in logs.items() if k.endswith("loss") and not math.isfinite(v)}
-        if broken:
-            raise FloatingPointError(
-                f"The loss is not finite at step {self.state.global_step}: {broken}. Lower the learning rate (it is "
-                f"{self.args.learning_rate}), look at the data for extreme actions, or go on from the last checkpoint."
-            )
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options):
