@@ -26,6 +26,13 @@ class CoTrainingConfig(TrainingArguments):
         the checkpoint's; by default it stays what the checkpoint says.
     gradient_bridge_steps (`int`, *optional*, defaults to 0):
         Steps between two measurements of [`GradientBridgeCallback`]; 0: none.
+    log_loss_breakdown (`bool`, *optional*, defaults to `False`):
+        Logs the flow loss by noise level, channel and domain ([`LossBreakdown`]).
+    peak_flops (`float`, *optional*):
+        What one device can do in a second, for instance 989e12 (H100, bf16): logs the share of it that is used, `mfu`.
+        Samples per second, waiting for data and memory are always logged ([`Throughput`]).
+    ema_decay (`float`, *optional*, defaults to 0):
+        Keeps a moving average of the weights ([`WeightAverage`]); 0: none.
     freeze (`list[str]`, *optional*, defaults to none):
         Parts that are not trained in this run: `"vision"`, `"vlm"`, `"action_expert"`, `"heads"` (`part_of`). A stage
         of a recipe is a run: start the next one from the last one's folder with other parts.
@@ -61,6 +68,13 @@ class CoTrainingConfig(TrainingArguments):
     gradient_bridge_steps: int = field(
         default=0, metadata={"help": "Steps between two measurements of each objective's gradient; 0: none."}
     )
+    log_loss_breakdown: bool = field(
+        default=False, metadata={"help": "Log the flow loss by noise level, channel and domain."}
+    )
+    peak_flops: float | None = field(
+        default=None, metadata={"help": "FLOPs of one device in a second; logs the share that is used."}
+    )
+    ema_decay: float = field(default=0.0, metadata={"help": "Decay of a moving average of the weights; 0: none."})
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Parts that are not trained: vision, vlm, action_expert, heads."}
     )

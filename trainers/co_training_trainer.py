@@ -17,11 +17,13 @@ from ..data.mixture import CoTrainingMixture
 from ..flow_matching_wallvla import sample_time
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from .co_training_config import CoTrainingConfig
-from .distributed import DATA_STATE, complete_batch, discard_unfinished, unfinished_marker
+from .distributed import DATA_STATE, complete_batch, discard_unfinished, last_checkpoint, unfinished_marker
 from .gradient_bridge import OBJECTIVES, GradientBridgeCallback
 from .instrument import Instrument, MicroBatch
+from .loss_breakdown import LossBreakdown, Throughput
 from .muon import OPTIMIZERS, is_muon_parameter
 from .parameter_groups import freeze, split_by_rate
+from .weight_average import WeightAverage
 
 
 LOSS_NAMES = tuple(f"{name}_loss" for name in OBJECTIVES)
@@ -34,6 +36,23 @@ class LossBarCallback(ProgressCallback):
         if state.is_world_process_zero and self.training_bar is not None:
             shown = {k: f"{v:.4g}" for k, v in logs.items() if k.endswith("loss") or k == "learning_rate"}
             self.training_bar.set_postfix(shown, refresh=False)
+
+
+def build_instruments(model: nn.Module, args: CoTrainingConfig, processing_class=None) -> list[Instrument]:
+    """The instruments that the options ask for."""
+    config, sizes = model.config, {"language_model.layers.": 0, "action_expert.layers.": 0}
+    for name, parameter in model.named_parameters():
+        for part in sizes:
+            sizes[part] += parameter.numel() if part in name else 0
+    instruments: list[Instrument] = [Throughput(*sizes.values(), peak_flops=args.peak_flops)]
+    if args.log_loss_breakdown:
+        robots = [] if processing_class is None else processing_class.embodiments.values()
+        domains = 1 + max((robot.domain for robot in robots), default=0)
+        instruments.append(LossBreakdown(config.action_dim, config.loss_space, config.time_scale, domains))
+    if args.gradient_bridge_steps:
+        plot = Path(args.output_dir) / "gradient_bridge.png"
+        instruments.append(GradientBridgeCallback(args.gradient_bridge_steps, plot=plot))
+    return instruments
 
 
 class CoTrainingTrainer(Trainer):
@@ -79,10 +98,10 @@ class CoTrainingTrainer(Trainer):
             model.config.loss_space = args.loss_space
         if args.freeze:
             freeze(model, args.freeze)
-        callbacks = list(callbacks or ())
-        if args.gradient_bridge_steps:
-            plot = Path(args.output_dir) / "gradient_bridge.png"
-            callbacks.append(GradientBridgeCallback(args.gradient_bridge_steps, plot=plot))
+        callbacks = [*(callbacks or ()), *build_instruments(model, args, processing_class)]
+        self._average = WeightAverage(args.ema_decay, processing_class) if args.ema_decay else None
+        if self._average is not None:
+            callbacks.append(self._average)
         self.instruments = [callback for callback in callbacks if isinstance(callback, Instrument)]
         super().__init__(
             model=model,
@@ -247,6 +266,10 @@ class CoTrainingTrainer(Trainer):
         if self.args.should_save:
             discard_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
+        if self._average is not None and resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            self._average.checkpoint = Path(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, **options)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
@@ -266,6 +289,8 @@ class CoTrainingTrainer(Trainer):
         if self.args.should_save and isinstance(self.train_dataset, CoTrainingMixture):
             state = self.train_dataset.state(self.state.global_step * self.args.draws_per_step)
             (checkpoint / DATA_STATE).write_text(json.dumps(state, indent=1) + "\n")
+        if self.args.should_save and self._average is not None:
+            self._average.save(checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             unfinished_marker(checkpoint).unlink()
