@@ -1,6 +1,7 @@
 """The `wallvla` command. Each subcommand parses its options and calls one function of the library."""
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Callable
@@ -84,9 +85,11 @@ def _read_config(parser: argparse.ArgumentParser, arguments: list[str]) -> list[
     except (OSError, yaml.YAMLError) as error:
         parser.error(f"cannot read --config {found.config}: {error}")
     known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    if not isinstance(values, dict) or not set(values) <= set(known):
-        unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else values
-        parser.error(f"{found.config} has unknown options {unknown}; this command has: {', '.join(sorted(known))}")
+    if not isinstance(values, dict):
+        parser.error(f"{found.config} holds {values!r}: write one `option: value` a line")
+    for name in sorted(set(values) - set(known)):
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        parser.error(f"{found.config} has the unknown option {name}; did you mean {nearest}? --help lists them all")
     for name, value in values.items():
         known[name].default, known[name].required = value, False
         if not known[name].option_strings:
@@ -104,14 +107,14 @@ def _quickstart(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    from transformers import HfArgumentParser
+    from trl import TrlParser
 
     from . import register_auto_classes
     from .trainers.co_training_config import CoTrainingConfig
     from .trainers.estimate import EstimateArguments, estimate_of
     from .trainers.fine_tuning import FineTuningArguments, fine_tune
 
-    parser = _finish(HfArgumentParser((FineTuningArguments, CoTrainingConfig, EstimateArguments)), "train")
+    parser = _finish(TrlParser((FineTuningArguments, CoTrainingConfig, EstimateArguments)), "train")
     options, args, sizes = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:3]
     register_auto_classes()
     if sizes.estimate:

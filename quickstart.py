@@ -327,7 +327,7 @@ def train(
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
-        warmup_steps=100,
+        warmup_steps=min(100, config.steps // 4),
         weight_decay=0.01,
         save_steps=max(1, config.steps // 3),
         save_total_limit=1,

@@ -8,8 +8,9 @@
 RUN is a finished `wallvla quickstart`: its demonstrations and grounding questions are the training data. FAST is
 fitted on the same chunks, with as many ids and as many tokens per chunk as the RVQ codec. The arms of a seed share
 initial weights, batches, augmentation, noise, flow times and evaluation scenes; they differ in what
-`ARMS` says. Seed by seed, so that what is there so far can be compared. Everything measured is kept: a finished policy
-is never trained again, and a call after ctrl-C goes on from the last checkpoint and the last episode.
+`ARMS` says. Seed by seed, so that what is there can be compared. Everything measured is kept: a finished policy
+is never trained again, more --episodes only add to its own, and a call after ctrl-C goes on from the last checkpoint
+and the last episode.
 """
 
 import argparse
@@ -151,7 +152,7 @@ def validation_losses(model, processor: WallVLAProcessor, samples: list[dict], d
 class ValidationCallback(TrainerCallback):
     """Measures `validation_losses` a few times on the way, into `file`; what it holds stays after a resume."""
 
-    def __init__(self, inputs: Inputs, file: Path, points: int = 8):
+    def __init__(self, inputs: Inputs, file: Path, points: int = 5):
         self._inputs, self._file, self._points = inputs, file, points
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
@@ -162,10 +163,15 @@ class ValidationCallback(TrainerCallback):
 
 
 def run_arm(inputs: Inputs, arm: str, seed: int) -> dict:
-    """Trains and measures one policy; the result is kept in its folder."""
+    """Trains and measures one policy; the result is kept in its folder. More episodes are added to those it has."""
     folder = inputs.output / f"{arm}-{seed}"
+    wanted = {"flow": inputs.preset.episodes}
+    if arm == REFERENCE and inputs.preset.token_episodes:
+        wanted["tokens"] = inputs.preset.token_episodes
     if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text())
+        if all(result["episodes"].get(way, 0) >= episodes for way, episodes in wanted.items()):
+            return result
     started = time.perf_counter()
     options = dict(ARMS[arm])
     config = QuickstartConfig(
@@ -183,14 +189,16 @@ def run_arm(inputs: Inputs, arm: str, seed: int) -> dict:
     if not (folder / "hub").exists():
         options |= {"gradient_bridge_steps": max(1, config.steps // 20), "report_to": "none"}
         train(config, folder, folder / "hub", options, [ValidationCallback(inputs, folder / "validation.json")])
-    policy = {"kind": "hub", "path": str((folder / "hub").resolve()), "embodiment": EMBODIMENT}
-    policy["device"] = inputs.device
-    acting = {"flow": (policy, inputs.preset.episodes)}
-    if arm == REFERENCE and inputs.preset.token_episodes:
-        acting["tokens"] = ({**policy, "discrete": True}, inputs.preset.token_episodes)
+    policy = {
+        "kind": "hub",
+        "path": str((folder / "hub").resolve()),
+        "embodiment": EMBODIMENT,
+        "device": inputs.device,
+    }
+    policies = {"flow": policy, "tokens": {**policy, "discrete": True}}
     closed_loop = {}
-    for way, (policy, episodes) in acting.items():
-        spec = closed_loop_spec({way: policy}, config.task, episodes, max_steps=200, trust_remote_code=True)
+    for way, episodes in wanted.items():
+        spec = closed_loop_spec({way: policies[way]}, config.task, episodes, max_steps=200, trust_remote_code=True)
         found = evaluate(spec, folder / "closed_loop" / way, config.num_processes)
         closed_loop[way] = [
             {name: episode[name] for name in ("task", "seed", "success", "steps")} for episode in found["episodes"]
@@ -205,6 +213,7 @@ def run_arm(inputs: Inputs, arm: str, seed: int) -> dict:
         "steps": config.steps,
         **validation_losses(model, processor, inputs.samples),
         "grounding": {"rate": grounding["point_in_object"]["rate"], "questions": grounding["samples"]},
+        "episodes": wanted,
         "closed_loop": closed_loop,
         "validation": json.loads((folder / "validation.json").read_text()),
         "log_history": json.loads((folder / "losses.json").read_text()),
@@ -212,6 +221,21 @@ def run_arm(inputs: Inputs, arm: str, seed: int) -> dict:
     }
     write_json(folder / "result.json", result)
     return result
+
+
+def check_steps(output: Path, steps: int) -> None:
+    """Policies of different length are not compared: a folder holds those of one.
+
+    Raises:
+        ValueError: the folder was begun with another number of steps.
+    """
+    file = output / "steps.json"
+    output.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        write_json(file, steps)
+    found = json.loads(file.read_text())
+    if found != steps:
+        raise ValueError(f"{output} holds policies of {found} steps, now {steps}: give --steps {found}, or --output.")
 
 
 def write_json(path: Path, value) -> None:
@@ -387,6 +411,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--steps", type=int, help="training steps, instead of the preset's")
     parser.add_argument("--episodes", type=int, help="closed-loop episodes of each task, instead of the preset's")
+    parser.add_argument("--token-episodes", type=int, help="the same for co_training acting by its tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only print the tables; plots go to FOLDER")
@@ -400,12 +425,14 @@ def main() -> None:
         torch.set_num_threads(1)
     register_auto_classes()
     preset = PRESETS[options.preset]
-    preset = replace(preset, steps=options.steps or preset.steps, episodes=options.episodes or preset.episodes)
+    given = {name: vars(options)[name] for name in ("steps", "episodes", "token_episodes")}
+    preset = replace(preset, **{name: value for name, value in given.items() if value is not None})
+    check_steps(options.output, preset.steps)
     fast = options.output / "fast"
     if not fast.exists():
         fit_fast(options.run, load_action_codec(options.rvq), fast)
     config = QuickstartConfig()
-    scene_seeds = range(EVALUATION_SEED_START + 10_000, EVALUATION_SEED_START + 10_020)
+    scene_seeds = range(EVALUATION_SEED_START + 10_000, EVALUATION_SEED_START + 10_010)
     inputs = Inputs(
         run=options.run,
         output=options.output,

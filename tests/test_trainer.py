@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import ACTION_START, tiny_actions, tiny_batch, tiny_model
 from transformers import AutoModel, AutoProcessor
 
@@ -214,11 +214,16 @@ def test_the_two_token_losses_are_told_apart(processor, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(processor, tmp_path):
+    """And leaves the batch behind, with the noise and the times, so that the model can be asked again."""
     trainer = make_trainer(processor, tmp_path)
     with torch.no_grad():
         trainer.model.action_expert.action_out_proj.weight.fill_(math.inf)
-    with pytest.raises(FloatingPointError, match="step 1.*flow_loss"):
+    with pytest.raises(FloatingPointError, match="step 0.*flow.*nonfinite-step-0-rank-0.safetensors"):
         trainer.train()
+    batch = load_file(tmp_path / "nonfinite-step-0-rank-0.safetensors")
+    assert not trainer.model(**batch).flow_loss.isfinite()
+    trainer.model.action_expert.action_out_proj.weight.data.fill_(0.0)
+    assert trainer.model(**batch).flow_loss.isfinite()
 
 
 def test_activation_checkpointing_trains_the_same(processor, tmp_path):

@@ -26,7 +26,18 @@ class CoTrainingConfig(TrainingArguments):
         the checkpoint's; by default it stays what the checkpoint says.
     gradient_bridge_steps (`int`, *optional*, defaults to 0):
         Steps between two measurements of [`GradientBridgeCallback`]; 0: none.
-
+    log_loss_breakdown (`bool`, *optional*, defaults to `False`):
+        Logs the flow loss by noise level, channel and domain ([`LossBreakdown`]).
+    peak_flops (`float`, *optional*):
+        What one device can do in a second, for instance 989e12 (H100, bf16): logs the share of it that is used, `mfu`.
+        Samples per second, waiting for data and memory are always logged ([`Throughput`]).
+    ema_decay (`float`, *optional*, defaults to 0):
+        Keeps a moving average of the weights ([`WeightAverage`]); 0: none.
+    freeze (`list[str]`, *optional*, defaults to none):
+        Parts that are not trained in this run: `"vision"`, `"vlm"`, `"action_expert"`, `"heads"` (`part_of`). A stage
+        of a recipe is a run: start the next one from the last one's folder with other parts.
+    vision_learning_rate, vlm_learning_rate, action_expert_learning_rate, heads_learning_rate (`float`, *optional*):
+        Peak rate of a part; `learning_rate` when absent.
     optimizer (`str`, *optional*, defaults to `"adamw"`):
         `"adamw"`, or `"muon"`: Muon on the matrices of the layers and AdamW on the rest (section 2.2.4,
         [`MuonWithAdamW`]). `"muon_naive"` and `"torch_muon"` are its baselines, for measurements.
@@ -57,6 +68,22 @@ class CoTrainingConfig(TrainingArguments):
     gradient_bridge_steps: int = field(
         default=0, metadata={"help": "Steps between two measurements of each objective's gradient; 0: none."}
     )
+    log_loss_breakdown: bool = field(
+        default=False, metadata={"help": "Log the flow loss by noise level, channel and domain."}
+    )
+    peak_flops: float | None = field(
+        default=None, metadata={"help": "FLOPs of one device in a second; logs the share that is used."}
+    )
+    ema_decay: float = field(default=0.0, metadata={"help": "Decay of a moving average of the weights; 0: none."})
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "Parts that are not trained: vision, vlm, action_expert, heads."}
+    )
+    vision_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the vision tower."})
+    vlm_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the rest of the VL expert."})
+    action_expert_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak rate of the layers of the action expert."}
+    )
+    heads_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the fp32 action heads."})
     optimizer: Literal["adamw", "muon", "muon_naive", "torch_muon"] = field(
         default="adamw",
         metadata={"help": "muon: Muon on the matrices of the layers, AdamW on the rest. The other two are baselines."},
@@ -91,6 +118,16 @@ class CoTrainingConfig(TrainingArguments):
             switch = self.switch_step if self.switch_step >= 1 else math.ceil(self.switch_step * max_steps)
             return step < switch
         return self.strategy == "stop_gradient"
+
+    @property
+    def learning_rates(self) -> dict[str, float | None]:
+        """Peak rate of each part of the model, `None` for `learning_rate`."""
+        return {
+            "vision": self.vision_learning_rate,
+            "vlm": self.vlm_learning_rate,
+            "action_expert": self.action_expert_learning_rate,
+            "heads": self.heads_learning_rate,
+        }
 
     @property
     def draws_per_step(self) -> int:

@@ -1,13 +1,13 @@
 """Gradient-bridged co-training as a `transformers.Trainer` (Wall-OSS-0.5, section 2.2.1)."""
 
 import json
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -17,10 +17,13 @@ from ..data.mixture import CoTrainingMixture
 from ..flow_matching_wallvla import sample_time
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from .co_training_config import CoTrainingConfig
-from .distributed import DATA_STATE, complete_batch, discard_unfinished, unfinished_marker
+from .distributed import DATA_STATE, complete_batch, discard_unfinished, last_checkpoint, unfinished_marker
 from .gradient_bridge import OBJECTIVES, GradientBridgeCallback
 from .instrument import Instrument, MicroBatch
+from .loss_breakdown import LossBreakdown, Throughput
 from .muon import OPTIMIZERS, is_muon_parameter
+from .parameter_groups import freeze, split_by_rate
+from .weight_average import WeightAverage
 
 
 LOSS_NAMES = tuple(f"{name}_loss" for name in OBJECTIVES)
@@ -33,6 +36,23 @@ class LossBarCallback(ProgressCallback):
         if state.is_world_process_zero and self.training_bar is not None:
             shown = {k: f"{v:.4g}" for k, v in logs.items() if k.endswith("loss") or k == "learning_rate"}
             self.training_bar.set_postfix(shown, refresh=False)
+
+
+def build_instruments(model: nn.Module, args: CoTrainingConfig, processing_class=None) -> list[Instrument]:
+    """The instruments that the options ask for."""
+    config, sizes = model.config, {"language_model.layers.": 0, "action_expert.layers.": 0}
+    for name, parameter in model.named_parameters():
+        for part in sizes:
+            sizes[part] += parameter.numel() if part in name else 0
+    instruments: list[Instrument] = [Throughput(*sizes.values(), peak_flops=args.peak_flops)]
+    if args.log_loss_breakdown:
+        robots = [] if processing_class is None else processing_class.embodiments.values()
+        domains = 1 + max((robot.domain for robot in robots), default=0)
+        instruments.append(LossBreakdown(config.action_dim, config.loss_space, config.time_scale, domains))
+    if args.gradient_bridge_steps:
+        plot = Path(args.output_dir) / "gradient_bridge.png"
+        instruments.append(GradientBridgeCallback(args.gradient_bridge_steps, plot=plot))
+    return instruments
 
 
 class CoTrainingTrainer(Trainer):
@@ -76,10 +96,12 @@ class CoTrainingTrainer(Trainer):
             processing_class.check_model(model.config)
         if args.loss_space is not None:
             model.config.loss_space = args.loss_space
-        callbacks = list(callbacks or ())
-        if args.gradient_bridge_steps:
-            plot = Path(args.output_dir) / "gradient_bridge.png"
-            callbacks.append(GradientBridgeCallback(args.gradient_bridge_steps, plot=plot))
+        if args.freeze:
+            freeze(model, args.freeze)
+        callbacks = [*(callbacks or ()), *build_instruments(model, args, processing_class)]
+        self._average = WeightAverage(args.ema_decay, processing_class) if args.ema_decay else None
+        if self._average is not None:
+            callbacks.append(self._average)
         self.instruments = [callback for callback in callbacks if isinstance(callback, Instrument)]
         super().__init__(
             model=model,
@@ -100,12 +122,15 @@ class CoTrainingTrainer(Trainer):
         self._metrics = {"train": torch.zeros(2, 3), "eval": torch.zeros(2, 3)}  # sums and counts of each loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW as in `Trainer`, or Muon with AdamW."""
+        """AdamW as in `Trainer`, or Muon with AdamW; each part of the model at its own rate, if it has one."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
         if self.args.optimizer == "adamw":
-            return super().create_optimizer(model)
-        if self.optimizer is None:
+            super().create_optimizer(model)
+        else:
             self.optimizer = OPTIMIZERS[self.args.optimizer](
-                (self.model if model is None else model).named_parameters(),
+                model.named_parameters(),
                 lr=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
@@ -113,6 +138,8 @@ class CoTrainingTrainer(Trainer):
                 is_muon=partial(is_muon_parameter, matrices=self.args.muon_matrices),
                 dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
             )
+        if any(rate is not None for rate in self.args.learning_rates.values()):
+            split_by_rate(self.optimizer, model, self.args.learning_rates)
         return self.optimizer
 
     def _labels(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -202,13 +229,27 @@ class CoTrainingTrainer(Trainer):
         loss = sum(objectives.values(), torch.zeros((), device=counts.device))
         mode = "train" if model.training else "eval"
         if model.training:
+            if not loss.isfinite():
+                self._stop_at(inputs, {name: value.item() for name, value in objectives.items()})
             for instrument in self.instruments:
                 instrument.on_micro_batch(self.state.global_step, MicroBatch(inputs, outputs, objectives))
         self._metrics[mode] = self._metrics[mode].to(counts.device) + torch.stack([sums, counts])
         return (loss, outputs) if return_outputs else loss
 
+    def _stop_at(self, inputs: Mapping[str, Tensor], objectives: dict[str, float]) -> None:
+        """Saves the micro batch whose loss is not finite, as the model got it, and stops the run."""
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        step, rank = self.state.global_step, self.accelerator.process_index
+        file = folder / f"nonfinite-step-{step}-rank-{rank}.safetensors"
+        save_file({name: value.detach().cpu().contiguous() for name, value in inputs.items()}, file)
+        raise FloatingPointError(
+            f"The loss is not finite at step {step}: {objectives}. The batch is in {file}: look there for extreme "
+            f"actions, lower the learning rate (it is {self.args.learning_rate}), or go on from the last checkpoint."
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each loss since the last log; a loss that is not finite stops the run."""
+        """Adds the mean of each loss since the last log, and what the instruments found."""
         mode = "train" if self.model.training else "eval"
         sums, counts = self.accelerator.reduce(self._metrics[mode], reduction="sum").tolist()
         for name, total, count in zip(LOSS_NAMES, sums, counts, strict=True):
@@ -218,12 +259,6 @@ class CoTrainingTrainer(Trainer):
         if mode == "train":
             for instrument in self.instruments:
                 logs |= instrument.take_logs()
-        broken = {k: v for k, v in logs.items() if k.endswith("loss") and not math.isfinite(v)}
-        if broken:
-            raise FloatingPointError(
-                f"The loss is not finite at step {self.state.global_step}: {broken}. Lower the learning rate (it is "
-                f"{self.args.learning_rate}), look at the data for extreme actions, or go on from the last checkpoint."
-            )
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options):
@@ -231,6 +266,10 @@ class CoTrainingTrainer(Trainer):
         if self.args.should_save:
             discard_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
+        if self._average is not None and resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            self._average.checkpoint = Path(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, **options)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
@@ -250,6 +289,8 @@ class CoTrainingTrainer(Trainer):
         if self.args.should_save and isinstance(self.train_dataset, CoTrainingMixture):
             state = self.train_dataset.state(self.state.global_step * self.args.draws_per_step)
             (checkpoint / DATA_STATE).write_text(json.dumps(state, indent=1) + "\n")
+        if self.args.should_save and self._average is not None:
+            self._average.save(checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             unfinished_marker(checkpoint).unlink()

@@ -26,6 +26,7 @@ from ..data.mixture import CoTrainingMixture
 from ..data.multimodal import MultimodalDataset
 from ..data.recipe import ActionEntry, build_mixture, open_entry, read_recipe
 from ..data.statistics import compute_statistics
+from .adapters import EXPERTS, HEADS, add_adapters, save_adapted
 from .co_training_config import CoTrainingConfig
 from .co_training_trainer import CoTrainingTrainer
 from .distributed import DATA_STATE, last_checkpoint
@@ -74,6 +75,20 @@ class FineTuningArguments:
     on_error: str = field(
         default="raise",
         metadata={"help": "Samples that cannot be read: raise, or skip and log.", "choices": ["raise", "skip"]},
+    )
+    adapter_rank: int = field(
+        default=0, metadata={"help": "Rank of low-rank adapters (LoRA); 0 trains the weights themselves."}
+    )
+    adapter_alpha: float | None = field(
+        default=None, metadata={"help": "Adapters are scaled by alpha / rank. Default: the rank."}
+    )
+    adapter_dora: bool = field(default=False, metadata={"help": "DoRA instead of LoRA."})
+    adapter_dropout: float = field(default=0.0, metadata={"help": "Dropout on what the adapters read."})
+    adapter_experts: list[str] = field(
+        default_factory=lambda: list(EXPERTS), metadata={"help": "Where adapters go: vlm, action_expert."}
+    )
+    modules_to_save: list[str] = field(
+        default_factory=lambda: list(HEADS), metadata={"help": "Modules that are trained whole beside the adapters."}
     )
     frames_in_memory: bool = field(default=False, metadata={"help": "Decode all video once, into memory."})
 
@@ -149,6 +164,19 @@ def add_statistics(processor, datasets: Sequence[LeRobotDataset]) -> None:
             processor.add_embodiment(name, replace(robot, statistics=compute_statistics(own, robot)))
 
 
+def check_robot(dataset: LeRobotDataset, name: str, processor) -> None:
+    """Refuses a dataset that is not of the robot `name`, before anything is trained.
+
+    Raises:
+        ValueError: a first frame that the processor cannot encode.
+    """
+    advice = "Name another --embodiment of the checkpoint, or describe this robot with --embodiment_file."
+    try:
+        processor.encode([dataset[0]])
+    except ValueError as error:
+        raise ValueError(f"{dataset.root} does not fit robot {name}: {error} {advice}") from error
+
+
 def add_robots(path: str, processor) -> None:
     """Adds the robots that a recipe brings along (`robots`) to the processor."""
     recipe = read_recipe(path)
@@ -188,6 +216,7 @@ def prepare_mixture(options: FineTuningArguments, args: CoTrainingConfig, proces
         name = prepare_embodiment(options, processor)
         dataset = open_entry(entry_of(options, name), processor.embodiments[name], skip_errors=common["skip_errors"])
         add_statistics(processor, [dataset])
+        check_robot(dataset, name, processor)
         questions = MultimodalDataset(options.multimodal) if options.multimodal else None
         mixture = CoTrainingMixture(dataset, questions, multimodal_fraction=options.multimodal_fraction, **common)
     draws_per_step = args.draws_per_step
@@ -215,6 +244,16 @@ def fine_tune(options: FineTuningArguments, args: CoTrainingConfig) -> Path:
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModel.from_pretrained(options.model, dtype="float32")
     mixture = prepare_mixture(options, args, processor)
+    if options.adapter_rank:
+        model = add_adapters(
+            model,
+            options.adapter_rank,
+            options.adapter_alpha,
+            options.adapter_dora,
+            options.adapter_dropout,
+            options.adapter_experts,
+            options.modules_to_save,
+        )
     folder = Path(args.output_dir)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
@@ -227,5 +266,8 @@ def fine_tune(options: FineTuningArguments, args: CoTrainingConfig) -> Path:
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(folder))
+    if not options.adapter_rank:
+        trainer.save_model(str(folder))
+    elif args.should_save:
+        save_adapted(trainer.accelerator.unwrap_model(trainer.model), processor, folder)
     return folder
