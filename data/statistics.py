@@ -228,7 +228,8 @@ def check_fit(dataset: LeRobotDataset, embodiment: Embodiment) -> None:
         if found != expected:
             raise ValueError(
                 f"{dataset.root} has {found} {kind} numbers per frame; the embodiment's {kind}_layout has {expected}. "
-                "Correct the layout."
+                "Correct the layout, or choose the robot that recorded it (--embodiment), or describe a new one "
+                "(--embodiment_file)."
             )
     if embodiment.reference_frame != "absolute" and dataset.action_horizon != embodiment.action_horizon:
         raise ValueError(

@@ -153,7 +153,8 @@ def test_a_dataset_of_another_robot_is_refused(folder, tmp_path, capsys):  # noq
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
     message = capsys.readouterr().err
-    assert "does not fit robot metaworld_sawyer" in message and "--embodiment_file" in message
+    assert "has 4 action numbers per frame; the embodiment's action_layout has 3" in message
+    assert "--embodiment_file" in message
 
 
 def test_actions_alone_and_questions_alone_are_not_biased(folder, tmp_path):  # noqa: F811

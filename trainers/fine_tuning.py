@@ -164,19 +164,6 @@ def add_statistics(processor, datasets: Sequence[LeRobotDataset]) -> None:
             processor.add_embodiment(name, replace(robot, statistics=compute_statistics(own, robot)))
 
 
-def check_robot(dataset: LeRobotDataset, name: str, processor) -> None:
-    """Refuses a dataset that is not of the robot `name`, before anything is trained.
-
-    Raises:
-        ValueError: a first frame that the processor cannot encode.
-    """
-    advice = "Name another --embodiment of the checkpoint, or describe this robot with --embodiment_file."
-    try:
-        processor.encode([dataset[0]])
-    except ValueError as error:
-        raise ValueError(f"{dataset.root} does not fit robot {name}: {error} {advice}") from error
-
-
 def add_robots(path: str, processor) -> None:
     """Adds the robots that a recipe brings along (`robots`) to the processor."""
     recipe = read_recipe(path)
@@ -216,7 +203,6 @@ def prepare_mixture(options: FineTuningArguments, args: CoTrainingConfig, proces
         name = prepare_embodiment(options, processor)
         dataset = open_entry(entry_of(options, name), processor.embodiments[name], skip_errors=common["skip_errors"])
         add_statistics(processor, [dataset])
-        check_robot(dataset, name, processor)
         questions = MultimodalDataset(options.multimodal) if options.multimodal else None
         mixture = CoTrainingMixture(dataset, questions, multimodal_fraction=options.multimodal_fraction, **common)
     draws_per_step = args.draws_per_step
