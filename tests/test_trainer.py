@@ -195,7 +195,7 @@ def test_evaluation_repeats_and_does_not_disturb(processor, tmp_path):
     first, second = (trainer.evaluate(data) for _ in range(2))
     assert first["eval_flow_loss"] == second["eval_flow_loss"] > 0
     assert first["eval_text_loss"] == second["eval_text_loss"] > 0
-    assert first["eval_loss"] == pytest.approx(first["eval_flow_loss"] + 0.01 * first["eval_text_loss"], rel=0.05)
+    assert first["eval_loss"] == pytest.approx(first["eval_flow_loss"] + 0.01 * first["eval_text_loss"], rel=0.1)
 
 
 def test_flow_draws_differ_by_step_and_micro_batch(processor, tmp_path):
