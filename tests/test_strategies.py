@@ -118,13 +118,13 @@ def test_the_loss_space_of_a_run_becomes_the_checkpoints(processor, tmp_path):
         assert json.loads((tmp_path / space / "config.json").read_text())["loss_space"] == space
         trainer.model = tiny_model(loss_space=space)
         losses.append(trainer.compute_loss(trainer.model, batch, return_outputs=True)[1].flow_loss)
-    assert losses[1] > losses[0] * 1.1
+    assert losses[1] > losses[0]  # by (1 - tau)^-2 in each element
     assert make_trainer(processor, tmp_path).model.config.loss_space == "action"
 
 
 def test_the_bridge_measures_the_gradients_of_a_step(processor, tmp_path):
     """Over two micro batches, against a separate backward pass of each loss through the whole model."""
-    trainer = make_trainer(processor, tmp_path)
+    trainer = make_trainer(processor, tmp_path, gradient_accumulation_steps=2)
     callback = GradientBridgeCallback(every=1, num_layers=2)
     trainer.instruments = [callback]
     model = tiny_model()
