@@ -159,7 +159,8 @@ def test_a_dataset_of_another_robot_is_refused(folder, tmp_path, capsys):  # noq
 
 def test_actions_alone_and_questions_alone_are_not_biased(folder, tmp_path):  # noqa: F811
     """A micro batch without a kind of sample adds exactly nothing to that kind's loss."""
-    trainer = make_trainer(WallVLAProcessor.from_pretrained(folder / "hub"), tmp_path)
+    processor = WallVLAProcessor.from_pretrained(folder / "hub")
+    trainer = make_trainer(processor, tmp_path, gradient_accumulation_steps=2)
     trainer.model = trainer.model_wrapped = tiny_model()
     actions = {k: v for k, v in tiny_actions(2).items() if k in ("actions", "action_mask")}
     acting = tiny_batch(seed=1) | actions
@@ -168,7 +169,7 @@ def test_actions_alone_and_questions_alone_are_not_biased(folder, tmp_path):  # 
     totals = trainer._get_num_items_in_batch([acting, talking], torch.device("cpu"))
     trainer.model.train()
     together = sum(trainer.compute_loss(trainer.model, b, num_items_in_batch=totals) for b in (acting, talking))
-    trainer._draws = 0
+    trainer._micro_batch = 0
     alone = [trainer.compute_loss(trainer.model, b, return_outputs=True)[1] for b in (acting, talking)]
     expected = alone[0].flow_loss + 0.01 * alone[1].text_loss
     assert together.item() == pytest.approx(expected.item(), rel=1e-6)
