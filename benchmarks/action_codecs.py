@@ -194,6 +194,7 @@ def measure(codec, parts: dict, robot: Embodiment, options) -> dict:
     accuracy = {
         name: probe(features[0], train[name], features[1], test[name])
         for name in ("third_of_episode", "gripper_event")
+        if len(train[name].unique()) > 1  # many tasks keep the gripper as it is
     }
     tokens = (ids >= 0).float().sum(dim=1).mean().item()
     return {
@@ -232,7 +233,8 @@ def print_table(results: dict) -> None:
         usage = " / ".join(f"{each:.0%}" for each in row["usage"])
         rates = f"{row['tokens_per_s']:.0f} | {row['bits_per_s']:.0f}"
         errors = f"{position} | {rotation} | {row['rmse_gripper']:.3f} | {row['jerk_ratio']:.2f}"
-        probes = f"{row['third_of_episode']:.0%} | {row['gripper_event']:.0%}"
+        accuracy = [f"{row[name]:.0%}" if name in row else "-" for name in ("third_of_episode", "gripper_event")]
+        probes = " | ".join(accuracy)
         print(f"| {name} | {rates} | {errors} | {usage} | {probes} |")
     print("\n| codec | perplexity by level | encode, chunks/s | decode, chunks/s |\n|---|---|---|---|")
     for name, row in results.items():
