@@ -107,20 +107,21 @@ def _quickstart(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
+    from transformers import AutoConfig
     from trl import TrlParser
 
     from . import register_auto_classes
     from .trainers.co_training_config import CoTrainingConfig
-    from .trainers.estimate import EstimateArguments, estimate_of
-    from .trainers.fine_tuning import FineTuningArguments, fine_tune
+    from .trainers.estimate import EstimateArguments
+    from .trainers.fine_tuning import FineTuningArguments, estimate_run, fine_tune
 
     parser = _finish(TrlParser((FineTuningArguments, CoTrainingConfig, EstimateArguments)), "train")
     options, args, sizes = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:3]
     register_auto_classes()
     if sizes.estimate:
-        print(estimate_of(options.model, args, sizes))
+        print(estimate_run(AutoConfig.from_pretrained(options.model), options, args, sizes))
         return
-    print(f"wrote {fine_tune(options, args)}")
+    print(f"wrote {fine_tune(options, args, sizes)}")
 
 
 def _sample(arguments: list[str]) -> None:

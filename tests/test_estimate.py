@@ -13,7 +13,7 @@ from wallvla.configuration_wallvla import WallVLAConfig
 from wallvla.modeling_wallvla import WallVLAForConditionalGeneration
 from wallvla.trainers.co_training_config import CoTrainingConfig
 from wallvla.trainers.estimate import GIB, EstimateArguments, Workload, estimate_training, one_sample
-from wallvla.trainers.fine_tuning import FineTuningArguments
+from wallvla.trainers.fine_tuning import FineTuningArguments, adapt, estimate_run
 from wallvla.trainers.muon import MuonWithAdamW
 
 
@@ -94,7 +94,26 @@ def test_ranks_checkpointing_and_adapters_need_less():
     assert estimate.parameters == whole.parameters + adapters
 
 
-FITS = {"train_full_80gb.yaml": 80e9, "train_8xh100.yaml": 80e9}
+def test_a_run_with_adapters_needs_what_its_model_needs():
+    """Frozen weights in bfloat16, heads and adapters in float32: the bytes of the model that is really made."""
+    options = FineTuningArguments(model="none", dataset="none", adapter_rank=4)
+    args = CoTrainingConfig(output_dir="none", use_cpu=True, bf16=True)
+    estimate = estimate_run(config(), options, args, EstimateArguments(estimate_image_size=SMALL["image_size"]))
+    model = adapt(WallVLAForConditionalGeneration(config()).to(torch.bfloat16), options)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    # modules that are trained whole are there twice: as they were, in float32, and as they become
+    heads = sum(p.numel() for name, p in model.named_parameters() if "original_module" in name)
+    assert estimate.gradients == 4 * trained and estimate.optimizer_state == 8 * trained
+    assert estimate.parameters == 4 * trained + 2 * sum(p.numel() for p in frozen) + 2 * heads
+
+
+FITS = {
+    "train_lora_24gb.yaml": 24e9,
+    "train_full_80gb.yaml": 80e9,
+    "train_8xh100.yaml": 80e9,
+    "train_multinode.yaml": 80e9,
+}
 
 
 @pytest.mark.slow
@@ -104,11 +123,9 @@ def test_examples_parse_and_fit_their_gpu(name):
     text = (EXAMPLES / name).read_text()
     values = yaml.safe_load(text)
     parser = HfArgumentParser((FineTuningArguments, CoTrainingConfig, EstimateArguments))
-    options, args, sizes = parser.parse_dict(values | {"use_cpu": True, "bf16": False})
-    assert options.model == "wall-oss" and values["bf16"] and args.optimizer == "muon"
-    estimate = estimate_training(
-        WallVLAConfig.wall_oss_05(), sizes.workload(args), args.optimizer, True, args.gradient_checkpointing
-    )
+    options, args, sizes = parser.parse_dict(values | {"use_cpu": True})
+    assert values["bf16"] and (args.optimizer == "muon") != bool(options.adapter_rank)
+    estimate = estimate_run(WallVLAConfig.wall_oss_05(), options, args, sizes)
     assert estimate.total < 0.9 * FITS[name]
     for line in str(estimate).splitlines():
         assert f"# {line}" in text, f"{name} should say\n{estimate}"

@@ -15,6 +15,7 @@ from wallvla import cli
 from wallvla.modeling_wallvla import WallVLAForConditionalGeneration
 from wallvla.processing_wallvla import WallVLAProcessor
 from wallvla.trainers.adapters import HEADS, add_adapters
+from wallvla.trainers.co_training_trainer import CoTrainingTrainer
 from wallvla.trainers.parameter_groups import PARTS, freeze, part_of
 
 
@@ -65,6 +66,27 @@ def _sample(embodiment: str) -> dict:
         "embodiment": embodiment,
         "actions": torch.randn(8, 4, generator=rng).numpy(),
     }
+
+
+def test_adapters_in_bf16_keep_what_is_trained_in_float32(folder, tmp_path):  # noqa: F811
+    """Frozen weights need no float32 copy; adapters and heads do, and the run still learns."""
+    train(folder, tmp_path / "run", adapter_rank=2, **QUICK | {"bf16": True})
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    merged = load_file(tmp_path / "run" / "model.safetensors")
+    kinds = {merged[name].dtype for name in merged if any(head in name for head in HEADS)}
+    assert kinds == {torch.float32}
+    assert merged["action_expert.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert any(value.abs().max() > 0 for name, value in saved.items() if "lora_B" in name)
+
+
+def test_out_of_memory_says_what_is_needed(folder, tmp_path, monkeypatch):  # noqa: F811
+    def fail(self, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(CoTrainingTrainer, "train", fail)
+    with pytest.raises(torch.OutOfMemoryError, match=r"(?s)CUDA out of memory.*activations.*total.*adapter_rank"):
+        train(folder, tmp_path / "run", **QUICK)
 
 
 def test_adapters_on_one_expert():

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
 
 from ..configuration_wallvla import WallVLAConfig
 from ..modeling_wallvla import WallVLAForConditionalGeneration
@@ -297,14 +296,3 @@ def one_sample_tokens(config: WallVLAConfig, workload: Workload) -> int:
     vision = config.vlm_config.vision_config
     merged = (workload.image_size // vision.patch_size // vision.spatial_merge_size) ** 2
     return workload.images * merged + workload.text_tokens + config.action_horizon
-
-
-def estimate_of(checkpoint: str, args: CoTrainingConfig, sizes: EstimateArguments) -> Estimate:
-    """What `wallvla train --estimate` prints; of a checkpoint (a folder or a Hub id) it reads `config.json` alone."""
-    return estimate_training(
-        AutoConfig.from_pretrained(checkpoint),
-        sizes.workload(args),
-        optimizer=args.optimizer,
-        bf16=args.bf16,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from transformers import AutoModel, AutoProcessor
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..action_space_wallvla import Embodiment, short_camera_key
+from ..configuration_wallvla import WallVLAConfig
 from ..data.augmentation import (
     Augmentation,
     color_jitter,
@@ -26,10 +29,12 @@ from ..data.mixture import CoTrainingMixture
 from ..data.multimodal import MultimodalDataset
 from ..data.recipe import ActionEntry, build_mixture, open_entry, read_recipe
 from ..data.statistics import compute_statistics
+from ..modeling_wallvla import WallVLAForConditionalGeneration
 from .adapters import EXPERTS, HEADS, add_adapters, save_adapted
 from .co_training_config import CoTrainingConfig
 from .co_training_trainer import CoTrainingTrainer
 from .distributed import DATA_STATE, last_checkpoint
+from .estimate import Estimate, EstimateArguments, estimate_training
 
 
 @dataclass
@@ -221,25 +226,53 @@ def resume_mixture(mixture: CoTrainingMixture, checkpoint: str | Path, draws_per
     mixture.resume(json.loads(file.read_text()), index=step * draws_per_step)
 
 
-def fine_tune(options: FineTuningArguments, args: CoTrainingConfig) -> Path:
+def weight_dtype(options: FineTuningArguments, args: CoTrainingConfig) -> torch.dtype:
+    """float32 for weights that are trained; those that only carry adapters need no more than what multiplies them."""
+    return torch.bfloat16 if options.adapter_rank and args.bf16 else torch.float32
+
+
+def adapt(model: WallVLAForConditionalGeneration, options: FineTuningArguments) -> PeftModel:
+    """The model with the adapters of the options."""
+    return add_adapters(
+        model,
+        options.adapter_rank,
+        options.adapter_alpha,
+        options.adapter_dora,
+        options.adapter_dropout,
+        options.adapter_experts,
+        options.modules_to_save,
+    )
+
+
+def estimate_run(
+    config: WallVLAConfig, options: FineTuningArguments, args: CoTrainingConfig, sizes: EstimateArguments
+) -> Estimate:
+    """What a run with these options needs: `wallvla train --estimate`. No weight is made."""
+    with torch.device("meta"):
+        model = WallVLAForConditionalGeneration(config)
+        if options.adapter_rank:
+            for name, parameter in model.named_parameters():
+                if not any(head in name for head in HEADS):
+                    parameter.data = parameter.data.to(weight_dtype(options, args))
+            model = adapt(model, options)
+    return estimate_training(
+        config, sizes.workload(args), args.optimizer, args.bf16, args.gradient_checkpointing, model
+    )
+
+
+def fine_tune(options: FineTuningArguments, args: CoTrainingConfig, sizes: EstimateArguments | None = None) -> Path:
     """Trains and saves a complete repository in `args.output_dir`. Goes on from its last checkpoint if it has one.
 
     Raises:
         ValueError: dataset, robot and checkpoint do not fit together.
+        torch.OutOfMemoryError: with the estimate of what the run needs, for samples of `sizes`.
     """
+    sizes = EstimateArguments() if sizes is None else sizes
     processor = AutoProcessor.from_pretrained(options.model)
-    model = AutoModel.from_pretrained(options.model, dtype="float32")
+    model = AutoModel.from_pretrained(options.model, dtype=weight_dtype(options, args))
     mixture = prepare_mixture(options, args, processor)
     if options.adapter_rank:
-        model = add_adapters(
-            model,
-            options.adapter_rank,
-            options.adapter_alpha,
-            options.adapter_dora,
-            options.adapter_dropout,
-            options.adapter_experts,
-            options.modules_to_save,
-        )
+        model = adapt(model, options)
     folder = Path(args.output_dir)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
@@ -251,7 +284,15 @@ def fine_tune(options: FineTuningArguments, args: CoTrainingConfig) -> Path:
         train_dataset=mixture,
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError as error:
+        need = estimate_run(AutoConfig.from_pretrained(options.model), options, args, sizes)
+        raise torch.OutOfMemoryError(
+            f"{error}\nA run with these options needs about (--estimate, which takes the sizes of a sample):\n{need}\n"
+            "Lower per_device_train_batch_size and raise gradient_accumulation_steps, set gradient_checkpointing, "
+            "shard over more devices, or train adapters (adapter_rank)."
+        ) from error
     if not options.adapter_rank:
         trainer.save_model(str(folder))
     elif args.should_save:
