@@ -96,8 +96,7 @@ def test_a_rank_may_have_no_action_no_question_and_no_picture(tmp_path):
     assert_same_run(result(tmp_path / "two"), expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", pytest.param("FULL_STATE_DICT", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_ranks(kind, tmp_path):
     """Four ranks stop after two steps; two ranks go on: optimizer, schedule, data and noise. And one process."""
     saving = {"save_strategy": "steps", "save_steps": 2}
