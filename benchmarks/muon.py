@@ -90,6 +90,7 @@ class Matrices(nn.Module):
 
 
 def count_on_rank(rank: int, ranks: int, port: int, name: str, shapes: dict, bucket_size: int, queue) -> None:
+    """One rank of a counted step; puts what it sent and computed into `queue`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     model = Matrices(shapes)
@@ -253,6 +254,7 @@ def write(results: dict, output: Path) -> None:
 
 
 def main() -> None:
+    """Prints tables and writes `benchmarks/results/muon.{md,json}`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--divide", type=int, default=8, help="how much narrower the matrices of counts and speed are")
     parser.add_argument("--speed", action="store_true", help="also measure seconds, on a quiet machine")

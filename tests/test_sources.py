@@ -251,7 +251,7 @@ CELLS = st.one_of(
 )  # fmt: skip
 
 
-def read_or_refused(root: Path, cameras=()):
+def assert_read_or_refused(root: Path, cameras=()):
     """Any exception but these two fails the test; what is read is complete."""
     try:
         samples = read_all(root, cameras)
@@ -283,7 +283,7 @@ def test_fuzzed_cells_are_read_or_refused_with_a_reason(scratch, filmed, name, v
         changed = pa.array([str(cell) for cell in cells])
     try:
         pq.write_table(table.set_column(table.column_names.index(column), column, changed), path)
-        read_or_refused(root, cameras)
+        assert_read_or_refused(root, cameras)
     finally:
         path.write_bytes(original)
 
@@ -298,7 +298,7 @@ def test_fuzzed_features_are_read_or_refused_with_a_reason(scratch, key, value, 
     info["features"][feature] |= {key: value}
     try:
         path.write_text(json.dumps(info))
-        read_or_refused(scratch)
+        assert_read_or_refused(scratch)
     finally:
         path.write_text(original)
 
@@ -330,6 +330,6 @@ def test_fuzzed_lines_of_the_old_format_are_read_or_refused_with_a_reason(old, n
         lines[line] = value
     try:
         path.write_text("\n".join(map(json.dumps, lines)))
-        read_or_refused(old)
+        assert_read_or_refused(old)
     finally:
         path.write_text(original)

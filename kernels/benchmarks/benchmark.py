@@ -36,6 +36,7 @@ PATCHES = 3 * 32 * 32
 
 
 def rotate_half(states: Tensor) -> Tensor:
+    """(-second half, first half) of the last dimension."""
     first, second = states.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)
 
@@ -66,6 +67,7 @@ def add_rms_norm(states: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tens
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(first half) * second half, as torch computes it."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 

@@ -62,3 +62,8 @@ def assert_as_exact_as(actual: Tensor, reference: Tensor, exact: Tensor) -> None
     allowed = 2 * torch.maximum((reference.double() - exact).abs().max(), inevitable)
     error = (actual.double() - exact).abs().max()
     assert error <= allowed, f"error {error:.3g} against {allowed:.3g}"
+
+
+def assert_opcheck(op, arguments: tuple) -> None:
+    """Schema, fake and autograd of an operation pass torch's own checks."""
+    assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}

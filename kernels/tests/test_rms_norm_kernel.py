@@ -4,7 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_testing import DTYPES, assert_as_exact_as, compiled_backends, property_test, randn, unaligned
+from kernel_testing import (
+    DTYPES,
+    assert_as_exact_as,
+    assert_opcheck,
+    compiled_backends,
+    property_test,
+    randn,
+    unaligned,
+)
 
 
 EPS = 1e-6
@@ -89,11 +97,11 @@ def test_the_orders_of_rounding_differ(kernels, device):
 def test_opcheck(ops, device):
     states, residual = randn(2, 3, 8, device=device).requires_grad_(), randn(2, 3, 8, device=device)
     weight = randn(8, device=device).requires_grad_()
-    torch.library.opcheck(ops.rms_norm, (states, weight, EPS, True))
-    torch.library.opcheck(ops.add_rms_norm, (states, residual, weight, EPS, False))
+    assert_opcheck(ops.rms_norm, (states, weight, EPS, True))
+    assert_opcheck(ops.add_rms_norm, (states, residual, weight, EPS, False))
     grad, total, weight = residual, states.detach(), weight.detach()
-    torch.library.opcheck(ops.rms_norm_backward, (grad, None, total, weight, EPS))
-    torch.library.opcheck(ops.rms_norm_backward, (grad, grad, total, weight, EPS))
+    assert_opcheck(ops.rms_norm_backward, (grad, None, total, weight, EPS))
+    assert_opcheck(ops.rms_norm_backward, (grad, grad, total, weight, EPS))
 
 
 BAD = {
