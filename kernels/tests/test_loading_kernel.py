@@ -21,6 +21,15 @@ spec.loader.exec_module(ops_wallvla)
 gate_up = torch.randn(3, 16)
 """
 
+# The package itself, as tests/conftest.py binds it
+WALLVLA = f"""
+spec = importlib.util.spec_from_file_location(
+    "wallvla", {str(PROJECT.parent / "__init__.py")!r}, submodule_search_locations=[{str(PROJECT.parent)!r}]
+)
+sys.modules["wallvla"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["wallvla"])
+"""
+
 
 @pytest.fixture(scope="module")
 def repository(builder, builds, tmp_path_factory) -> Path:
@@ -119,13 +128,7 @@ print("as expected")
 
 def test_the_norm_of_the_model_uses_the_kernel(repository, tmp_path):
     """`set_use_kernels` reaches `WallVLARMSNorm`; where kernels are absent, the model runs on with one log line."""
-    code = f"""
-import importlib.util
-spec = importlib.util.spec_from_file_location(
-    "wallvla", {str(PROJECT.parent / "__init__.py")!r}, submodule_search_locations=[{str(PROJECT.parent)!r}]
-)
-sys.modules["wallvla"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["wallvla"])
+    code = """
 from kernels import Mode, kernelize, register_kernel_mapping
 from kernels import KernelizeFallback
 from wallvla import ops_wallvla
@@ -133,16 +136,35 @@ from wallvla.modeling_wallvla import WallVLARMSNorm
 
 norm = WallVLARMSNorm(16, 1e-6)
 own = norm(gate_up)
-register_kernel_mapping({{"WallVLARMSNorm": {{"cpu": ops_wallvla.HubLayer("WallVLARMSNorm", "cpu")}}}})
+register_kernel_mapping({"WallVLARMSNorm": {"cpu": ops_wallvla.HubLayer("WallVLARMSNorm", "cpu")}})
 for _ in range(2):
     kernelize(norm, mode=Mode.INFERENCE, device="cpu", use_fallback=KernelizeFallback.ALL)
 print(type(norm).forward is norm.forward.__func__)
 torch.testing.assert_close(norm(gate_up), own)
 """
-    output = run(code, tmp_path, LOCAL_KERNELS=f"x-square/wallvla-kernels={repository}")
+    output = run(WALLVLA + code, tmp_path, LOCAL_KERNELS=f"x-square/wallvla-kernels={repository}")
     assert "False" in output and "torch takes its place" not in output
-    output = run(code, tmp_path)
+    output = run(WALLVLA + code, tmp_path)
     assert "True" in output and output.count("torch takes its place") == 1
+
+
+def test_the_engine_runs_on_the_kernels(repository, tmp_path):
+    code = f"""
+sys.path.insert(0, {str(PROJECT.parent / "tests")!r})
+import test_engine as tiny
+from wallvla.ops_wallvla import TORCH_OPS, fast_ops
+
+model, processor = tiny.make_parts()
+samples, start = [tiny.observation()], tiny.noise()
+expected = tiny.expected(model, processor, samples, start)
+ops = fast_ops("cpu")
+assert ops is not TORCH_OPS
+actions = tiny.WallVLAEngine(model, processor, ops=ops).sample_actions(samples, start)
+torch.testing.assert_close(actions, expected, atol=1e-6 * start.abs().max().item(), rtol=0)
+print("as expected")
+"""
+    local = f"x-square/wallvla-kernels={repository}"
+    assert "as expected" in run(WALLVLA + code, tmp_path, LOCAL_KERNELS=local)
 
 
 def test_the_build_has_what_the_hub_asks_for(builder, repository):
