@@ -1,7 +1,8 @@
 """The ablations of Wall-OSS-0.5 (sections 5.1 to 5.3) in small: policies from scratch, trained and measured alike.
 
     wallvla train-codec --dataset RUN/dataset --vision RUN/hub --model RUN/hub --cameras front \
-        --latent_steps 2 --codebook_size 256 --hidden_size 128 --max_steps 600 --output_dir runs/rvq
+        --latent_steps 2 --codebook_size 256 --hidden_size 128 --max_steps 1000 --per_device_train_batch_size 64 \
+        --output_dir runs/rvq
     python benchmarks/ablations.py --run RUN --rvq runs/rvq --output runs/ablations
     python benchmarks/ablations.py --output runs/ablations --report docs/images   # tables and plots of what is there
 
