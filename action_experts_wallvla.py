@@ -384,7 +384,7 @@ def modulate(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Modulation(nn.Linear):
-    """What the time makes of a layer: several of (B, E). Zero at first, so that a block is the identity (adaLN-Zero)."""
+    """Shifts, scales and gates of a layer from the time. Zero at first: a block is the identity (adaLN-Zero)."""
 
     def __init__(self, width: int, outputs: int):
         super().__init__(width, outputs * width)
