@@ -62,9 +62,10 @@ class MoTExpertConfig(ActionExpertConfig):
 
     def bind(self, config: "WallVLAConfig") -> None:
         text = config.vlm_config.text_config
-        if text.model_type not in MOT_TEXT_MODELS:
+        # Of the class: published files write another one into the instance
+        if type(text).model_type not in MOT_TEXT_MODELS:
             raise ValueError(
-                f"A mot expert shares the attention of every VL layer, which {text.model_type} does not offer: use "
+                f"A mot expert shares the attention of every VL layer, which {type(text).model_type} does not offer: use "
                 f"one of {', '.join(MOT_TEXT_MODELS)}, or an expert of another kind."
             )
         values = text.to_dict()
