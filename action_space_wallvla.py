@@ -448,6 +448,12 @@ class Embodiment:
             )
         return np.array(values if values else [0.0] * width, dtype=np.float32)
 
+    def channels_of(self, part: str) -> np.ndarray:
+        """All channels of the model in the slots of a named part, whether this robot has it or not: (room,)."""
+        slots = SLOTS[self.slots]
+        index = [name for name, _ in slots].index(part)
+        return sum(room for _, room in slots[:index]) + np.arange(slots[index][1])
+
     # ---- change of layout, rotation format and frame ------------------------------------------------------------
 
     def transform_state(self, state: ArrayLike) -> np.ndarray:

@@ -198,7 +198,13 @@ class WallVLAProcessor(ProcessorMixin):
         }
 
     def check_model(self, config) -> None:
-        """Raises ValueError unless the codec is the one that the model of `config` was trained with."""
+        """Raises ValueError unless the model of `config` knows our tokens and was trained with our codec."""
+        rows = config.vlm_config.get_text_config().vocab_size
+        if len(self.tokenizer) > rows:
+            raise ValueError(
+                f"Found {len(self.tokenizer)} tokens in the tokenizer and {rows} in the model. Resize its embeddings "
+                f"(`model.resize_token_embeddings`), or build it with this vocab_size."
+            )
         ours = None if self._codec is None else self._codec.fingerprint()
         _check_fingerprints(ours, config.action_codec_fingerprint, "processor", "model")
 
