@@ -624,6 +624,21 @@ def short_camera_key(key: str) -> str:
     return key.rsplit(".", 1)[-1]
 
 
+def stack_vectors(values: list, rows: list[int], name: str, dimensions: int) -> np.ndarray:
+    """Vectors or chunks of samples of one robot as one float64 array; `rows` are their numbers in the batch.
+
+    Raises ValueError for another number of dimensions, or shapes that differ.
+    """
+    values = [np.asarray(value, dtype=np.float64) for value in values]
+    for value, row in zip(values, rows, strict=True):
+        if value.ndim != dimensions or value.shape != values[0].shape:
+            raise ValueError(
+                f"Found {name} of shape {value.shape} in sample {row} and {values[0].shape} in sample {rows[0]} "
+                f"of the same embodiment. A {name} has {dimensions} dimension(s) and its layout fixes the last."
+            )
+    return np.stack(values)
+
+
 _PAIRS_HOLD = {
     "cameras": "[dataset key, spoken label].",
     "client_keys": "[key of the client, what it holds].",

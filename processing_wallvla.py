@@ -19,7 +19,8 @@ from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBa
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
-from .action_space_wallvla import DEFAULT_PROMPT, Embodiment, short_camera_key
+from .action_space_wallvla import DEFAULT_PROMPT, Embodiment, short_camera_key, stack_vectors
+from .action_tokens_wallvla import ActionTokens
 from .baseline_codecs_wallvla import ActionCodec, load_action_codec
 from .grounding_wallvla import (
     FORMS,
@@ -34,7 +35,6 @@ from .images_wallvla import ImageLike, SquareImages, as_array, images_of, longes
 from .prompts_wallvla import STATE_TOKEN, WALL_OSS, PromptFormat
 
 
-ACTION_TOKEN = "<|action_token_{}|>"
 CODEC_FOLDER = "action_codec"  # of the codec inside a repository
 PROPRIOCEPTION = ("text", "projected", "expert", "none")
 NO_IMAGE = -1  # stands in a row for a view that a sample does not have
@@ -121,8 +121,7 @@ class WallVLAProcessor(ProcessorMixin):
         # The left edges of the bins: a value at or above edge i and below edge i + 1 is in bin i.
         self._bin_edges = np.linspace(-1, 1, state_bins + 1)[:-1]
         # Not `self.action_codec`: the framework would try to write an attribute of that name into the JSON
-        self._codec = action_codec
-        self.action_token_start_id = None if action_codec is None else self._add_action_tokens()
+        self._action_tokens = None if action_codec is None else ActionTokens(action_codec, tokenizer)
         self.embodiments = {}
         for name, embodiment in (embodiments or {}).items():
             self.add_embodiment(name, embodiment)
@@ -163,39 +162,18 @@ class WallVLAProcessor(ProcessorMixin):
     @property
     def action_codec(self) -> ActionCodec | None:
         """The codec of the discrete action tokens, if there is one."""
-        return self._codec
+        return None if self._action_tokens is None else self._action_tokens.codec
 
-    def _add_action_tokens(self) -> int:
-        """Adds the codec's tokens to the tokenizer where they are missing; returns the id of the first."""
-        names = [ACTION_TOKEN.format(index) for index in range(self._codec.vocabulary_size)]
-        vocabulary = self.tokenizer.get_vocab()
-        if names[0] not in vocabulary:
-            self.tokenizer.add_tokens(names, special_tokens=True)
-            vocabulary = self.tokenizer.get_vocab()
-        start = vocabulary[names[0]]
-        found = [vocabulary.get(name) for name in names]
-        beyond = ACTION_TOKEN.format(len(names))
-        if found != list(range(start, start + len(names))) or beyond in vocabulary:
-            count = sum(name.startswith("<|action_token_") for name in vocabulary)
-            raise ValueError(
-                f"Found {count} action tokens in the tokenizer; the codec needs {len(names)} with consecutive ids. "
-                f"Use the tokenizer that was saved with this codec, or one without action tokens."
-            )
-        return start
+    @property
+    def action_token_start_id(self) -> int | None:
+        """Token id of the codec's number 0."""
+        return None if self._action_tokens is None else self._action_tokens.start_id
 
     def action_token_config(self) -> dict:
         """The fields of `WallVLAConfig` that say which discrete action tokens a model has."""
-        codec = self._codec
-        if codec is None:
+        if self._action_tokens is None:
             raise ValueError("Found no action codec in the processor. Pass `action_codec`.")
-        lengths = {codec.tokens_per_chunk(e.action_horizon, e.action_channels.size) for e in self.embodiments.values()}
-        return {
-            "action_token_start_id": self.action_token_start_id,
-            "num_action_tokens": codec.vocabulary_size,
-            "action_token_levels": codec.num_levels,
-            "action_tokens_per_chunk": lengths.pop() if len(lengths) == 1 else None,
-            "action_codec_fingerprint": codec.fingerprint(),
-        }
+        return self._action_tokens.config(self.embodiments.values())
 
     def check_model(self, config) -> None:
         """Raises ValueError unless the model of `config` knows our tokens and was trained with our codec."""
@@ -205,7 +183,7 @@ class WallVLAProcessor(ProcessorMixin):
                 f"Found {len(self.tokenizer)} tokens in the tokenizer and {rows} in the model. Resize its embeddings "
                 f"(`model.resize_token_embeddings`), or build it with this vocab_size."
             )
-        ours = None if self._codec is None else self._codec.fingerprint()
+        ours = None if self.action_codec is None else self.action_codec.fingerprint()
         _check_fingerprints(ours, config.action_codec_fingerprint, "processor", "model")
 
     @classmethod
@@ -229,8 +207,8 @@ class WallVLAProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, **kwargs):
         """As `ProcessorMixin.save_pretrained`, with the codec in `action_codec/`."""
-        if self._codec is not None:
-            self._codec.save_pretrained(Path(save_directory) / CODEC_FOLDER)
+        if self.action_codec is not None:
+            self.action_codec.save_pretrained(Path(save_directory) / CODEC_FOLDER)
         return super().save_pretrained(save_directory, **kwargs)
 
     def _action_token_rows(self, samples: list[dict], groups: list, data: dict) -> dict[int, list[int]]:
@@ -238,29 +216,11 @@ class WallVLAProcessor(ProcessorMixin):
         rows_of = {}
         for embodiment, rows in groups:
             steps = embodiment.action_horizon
-            ids = self._codec.encode(
-                torch.from_numpy(data["actions"][rows, :steps]),
-                self._codec_states([samples[row].get("state") for row in rows], rows, embodiment),
-                torch.from_numpy(data["action_mask"][rows, :steps]),
-                torch.full((len(rows),), embodiment.domain),
-            )
-            for row, line in zip(rows, ids.tolist(), strict=True):
-                tokens = [self.action_token_start_id + each for each in line if each >= 0]
+            states = [samples[row].get("state") for row in rows]
+            chunks, mask = data["actions"][rows, :steps], data["action_mask"][rows, :steps]
+            for row, tokens in zip(rows, self._action_tokens.encode(chunks, mask, states, embodiment), strict=True):
                 rows_of[row] = [*tokens, self.end_token_id]
         return rows_of
-
-    def _codec_states(self, states: list, rows: list[int], embodiment: Embodiment) -> torch.Tensor | None:
-        """Normalised states at their canonical channels, (rows, S) float32; `None` for codecs that need none."""
-        if not isinstance(self._codec, torch.nn.Module):
-            return None
-        padded = np.zeros((len(states), self._codec.config.state_dim), dtype=np.float32)
-        given = [i for i, state in enumerate(states) if state is not None]
-        if given and embodiment.state_channels.size:
-            values = embodiment.encode_state(
-                self._stack([states[i] for i in given], [rows[i] for i in given], "state", 1)
-            )
-            padded[np.ix_(given, embodiment.state_channels)] = values
-        return torch.from_numpy(padded)
 
     def decode_action_tokens(
         self, ids: torch.Tensor, state: ArrayLike | None = None, embodiment: str | None = None
@@ -275,27 +235,13 @@ class WallVLAProcessor(ProcessorMixin):
         Raises:
             ValueError: no codec, or ids that are no action tokens or do not make a chunk.
         """
-        if self._codec is None:
+        if self._action_tokens is None:
             raise ValueError("Found no action codec in the processor; discrete action tokens cannot be decoded.")
-        robot = self.get_embodiment(embodiment)
-        batch = torch.atleast_2d(torch.as_tensor(ids)).cpu() - self.action_token_start_id
-        wrong = batch[(batch < 0) | (batch >= self._codec.vocabulary_size)]
-        if len(wrong):
-            raise ValueError(
-                f"Found token id {int(wrong[0]) + self.action_token_start_id}, which is no action token: those are "
-                f"[{self.action_token_start_id}, {self.action_token_start_id + self._codec.vocabulary_size}). Pass "
-                f"what `generate_action_tokens` returned."
-            )
+        batch = torch.atleast_2d(torch.as_tensor(ids)).cpu()
         states = [None] * len(batch)
         if state is not None:
             states = list(np.broadcast_to(state, (len(batch), np.shape(state)[-1])))
-        chunk = self._codec.decode(
-            batch,
-            self._codec_states(states, list(range(len(batch))), robot),
-            robot.action_horizon,
-            torch.from_numpy(robot.channel_mask(self.action_dim)),
-            torch.full((len(batch),), robot.domain),
-        )
+        chunk = self._action_tokens.decode(batch, states, self.get_embodiment(embodiment), self.action_dim)
         chunk = chunk[0] if torch.as_tensor(ids).dim() == 1 else chunk
         return self.decode_actions(chunk, state, embodiment)
 
@@ -334,8 +280,8 @@ class WallVLAProcessor(ProcessorMixin):
         """What `save_pretrained` writes: robots in their JSON form."""
         embodiments = {name: embodiment.to_dict() for name, embodiment in self.embodiments.items()}
         values = {**super().to_dict(), "embodiments": embodiments, "prompt_format": self.prompt_format.to_dict()}
-        if self._codec is not None:
-            values["action_codec"] = {"fingerprint": self._codec.fingerprint()}
+        if self.action_codec is not None:
+            values["action_codec"] = {"fingerprint": self.action_codec.fingerprint()}
         return values
 
     def get_embodiment(self, name: str | None = None) -> Embodiment:
@@ -457,7 +403,7 @@ class WallVLAProcessor(ProcessorMixin):
         # Only in training, where the chunk is known: inference stops at the assistant's turn
         discrete = (
             self._action_token_rows(samples, groups, actions)
-            if self._codec is not None and "actions" in actions
+            if self._action_tokens is not None and "actions" in actions
             else {}
         )
         longest = self.max_length if max_length is None else max_length
@@ -571,7 +517,7 @@ class WallVLAProcessor(ProcessorMixin):
             ]
             if not rows or not embodiment.state_channels.size:
                 continue
-            values = embodiment.encode_state(self._stack([samples[i]["state"] for i in rows], rows, "state", 1))
+            values = embodiment.encode_state(stack_vectors([samples[i]["state"] for i in rows], rows, "state", 1))
             bound = np.inf if embodiment.normalization == "none" else 1.0
             for value, row in zip(values, rows, strict=True):
                 if samples[row].get("state_noise") is not None:
@@ -593,17 +539,6 @@ class WallVLAProcessor(ProcessorMixin):
                     states[row] = values[row]
                     mask[row, embodiment.state_channels] = True
         return {"states": states, "state_mask": mask}
-
-    @staticmethod
-    def _stack(values: list, rows: list[int], name: str, dimensions: int) -> np.ndarray:
-        values = [np.asarray(value, dtype=np.float64) for value in values]
-        for value, row in zip(values, rows, strict=True):
-            if value.ndim != dimensions or value.shape != values[0].shape:
-                raise ValueError(
-                    f"Found {name} of shape {value.shape} in sample {row} and {values[0].shape} in sample {rows[0]} "
-                    f"of the same embodiment. A {name} has {dimensions} dimension(s) and its layout fixes the last."
-                )
-        return np.stack(values)
 
     def _rows(
         self, samples: list[dict], prompts: list[str], answers: list, discrete: dict[int, list[int]]
@@ -749,8 +684,8 @@ class WallVLAProcessor(ProcessorMixin):
                     f"Found no state in sample {stateless[0]}, whose actions are {embodiment.reference_frame}: they "
                     f"are measured from the current pose. Pass it; `state_is_dropped` keeps it out of the prompt."
                 )
-            states = self._stack([samples[row]["state"] for row in rows], rows, "state", 1)
-        chunks = self._stack([samples[row]["actions"] for row in rows], rows, "actions", 2)
+            states = stack_vectors([samples[row]["state"] for row in rows], rows, "state", 1)
+        chunks = stack_vectors([samples[row]["actions"] for row in rows], rows, "actions", 2)
         is_pad = np.zeros((len(rows), steps), dtype=bool)
         for line, row in enumerate(rows):
             if samples[row].get("action_is_pad") is not None:

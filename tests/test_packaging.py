@@ -36,8 +36,10 @@ MAY_IMPORT = {
     "baseline_codecs_wallvla": {"action_codec_wallvla"},
     "images_wallvla": set(),
     "prompts_wallvla": {"action_space_wallvla"},
+    "action_tokens_wallvla": {"action_space_wallvla", "baseline_codecs_wallvla"},
     "processing_wallvla": {
         "action_space_wallvla",
+        "action_tokens_wallvla",
         "baseline_codecs_wallvla",
         "grounding_wallvla",
         "images_wallvla",
