@@ -178,10 +178,12 @@ class WallVLAProcessor(ProcessorMixin):
     def check_model(self, config) -> None:
         """Raises ValueError unless the model of `config` knows our tokens and was trained with our codec."""
         rows = config.vlm_config.get_text_config().vocab_size
-        if len(self.tokenizer) > rows:
+        # The image token is replaced before it is embedded; in Florence-2 it lies behind the table
+        last = max(index for index in self.tokenizer.get_vocab().values() if index != self.image_token_id)
+        if last >= rows:
             raise ValueError(
-                f"Found {len(self.tokenizer)} tokens in the tokenizer and {rows} in the model. Resize its embeddings "
-                f"(`model.resize_token_embeddings`), or build it with this vocab_size."
+                f"Found token id {last} in the tokenizer and {rows} rows in the model's embeddings. Resize them "
+                f"(`model.vlm.resize_token_embeddings`), or build the model with this vocab_size."
             )
         ours = None if self.action_codec is None else self.action_codec.fingerprint()
         _check_fingerprints(ours, config.action_codec_fingerprint, "processor", "model")
@@ -376,16 +378,18 @@ class WallVLAProcessor(ProcessorMixin):
             patches (`bool`): False leaves `pixel_values` out, for whoever makes them on a device.
         Returns:
             `BatchFeature` with
-            - **input_ids**, **attention_mask**, **mm_token_type_ids** (B, S) int64, padded on the left.
+            - **input_ids**, **attention_mask**, **mm_token_type_ids** (B, S) int64, padded on the left, or rows of one
+              layout (`PromptFormat.num_views`).
             - **pixel_values** (patches, channels * temporal * patch^2) float32 and **image_grid_thw** (images, 3)
-              int64, if there are images, sample by sample.
+              int64, if there are images, sample by sample. Square images: (images, 3, side, side), and no grid.
             - **labels** (B, S) int64, if a sample has an answer: the answer and its end of turn, -100 elsewhere; with
               an action codec also the discrete tokens of the actions.
             - **action_mask** (B, H, D) bool and **domain_ids** (B,) int64, if there is an action sample: the steps and
               channels that mean something. False for multimodal samples.
             - **action_padding** (B, D) float32, beside `action_mask`: the normalised value of channels that the robot
               lacks; the model starts and ends its path there.
-            - **states** (B, state_dim) float32 and **state_mask** (B, state_dim) bool, if the state is projected.
+            - **states** (B, state_dim) float32 and **state_mask** (B, state_dim) bool, if the state is projected or
+              for the expert: 0 and False for samples without one.
             - **actions** (B, H, D) float32, if the samples have actions: normalised, 0 where masked.
         Raises:
             ValueError: what was found, which rule it breaks and what to do, for every input that does not fit.
