@@ -31,37 +31,24 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from wallvla import register_auto_classes
-from wallvla.action_space_wallvla import (
-    REFERENCE_FRAMES,
-    Embodiment,
-    Pose,
-    axis_angle_to_matrix,
-    compose,
-    inverse,
-    matrix_to_axis_angle,
-)
+from wallvla.action_space_wallvla import REFERENCE_FRAMES, Embodiment, Pose
 from wallvla.data.lerobot import LeRobotDataset
 from wallvla.data.lerobot_writer import LeRobotWriter
 from wallvla.data.mixture import CoTrainingMixture, random_shift
 from wallvla.data.statistics import compute_statistics
+from wallvla.evaluation import metaworld
 from wallvla.evaluation.closed_loop import run_episode
 from wallvla.evaluation.demonstrations import NOISE_HOLD_STEPS, NOISE_PROBABILITY, demonstrations_of
 from wallvla.evaluation.gym_env import StepResult
 from wallvla.evaluation.journal import Journal
-from wallvla.evaluation.metaworld import (
-    CAMERAS,
-    CONTROL_FREQUENCY,
-    EVALUATION_SEED_START,
-    FRONT_CAMERA_POSITION,
-    TRAINING_SEED_START,
-    MetaWorldEnv,
-)
+from wallvla.evaluation.metaworld import CONTROL_FREQUENCY, EVALUATION_SEED_START, MetaWorldEnv
 from wallvla.evaluation.open_loop import predict_demonstration
 from wallvla.evaluation.policy import BlankedImages, HubPolicy, Policy, ScriptedExpert
 from wallvla.evaluation.statistics import compare_paired, holm, wilson_interval
 from wallvla.modeling_wallvla import WallVLAForConditionalGeneration
 from wallvla.processing_wallvla import WallVLAProcessor
 from wallvla.quickstart import EMBODIMENT, OPEN_LOOP_SEED, QuickstartConfig, build_model, build_processor, fit
+from wallvla.rotations_wallvla import axis_angle_to_matrix, compose, inverse, matrix_to_axis_angle
 
 
 REFERENCE = "eef_relative"
@@ -115,8 +102,8 @@ class MovingBaseEnv(MetaWorldEnv):
         yaw = np.deg2rad(self.world.yaw_degrees) * rng.uniform(-1, 1)
         place = self.world.base_m * rng.uniform(-1, 1, 2)
         self.base = np.append(place, 0.0), axis_angle_to_matrix(np.array([0.0, 0.0, yaw]))
-        camera = self._env.model.camera(CAMERAS["front"])
-        camera.pos = np.asarray(FRONT_CAMERA_POSITION) + self.world.camera_m * rng.uniform(-1, 1, 3)
+        camera = self._env.model.camera(metaworld.CAMERAS["front"])
+        camera.pos = np.asarray(metaworld.FRONT_CAMERA_POSITION) + self.world.camera_m * rng.uniform(-1, 1, 3)
         super().reset_scene(seed)
         self.path, self.commands = [self._hand()[0]], []
 
@@ -238,8 +225,8 @@ def train(folder: Path, dataset_root: Path, reference_frame: str, seed: int, ste
 
 
 def motion_figures(path: np.ndarray, commands: np.ndarray) -> dict:
-    """Smoothness of an executed path: `jerk` (m/s^3, RMS of the third difference) and `reversals`, the share of
-    commands that point away from the one before. path (T + 1, 3) in m, commands (T, 3), T at least 3."""
+    """Smoothness of a path (T + 1, 3) in m and its commands (T, 3), T at least 3: `jerk` in m/s³, RMS of the third
+    difference, and `reversals`, the share of commands that point away from the one before."""
     jerk = np.diff(path, n=3, axis=0) * CONTROL_FREQUENCY**3
     against = (commands[1:] * commands[:-1]).sum(axis=1) < 0
     return {"jerk": float(np.sqrt((jerk**2).sum(axis=1).mean())), "reversals": float(against.mean())}
@@ -272,31 +259,36 @@ def open_loop(policy: Policy, held_out: Path) -> dict:
     return {name: float(value) for name, value in result.items()} | {"chunks": len(error)}
 
 
+def stored(folder: Path, episodes: int) -> dict | None:
+    """The result in `folder`, if it has that many episodes."""
+    file = folder / "result.json"
+    result = json.loads(file.read_text()) if file.exists() else {"closed_loop": []}
+    return result if len(result["closed_loop"]) >= episodes else None
+
+
 def run_arm(output: Path, world: str, reference_frame: str, seed: int, steps: int, episodes: int) -> dict:
-    """Trains and measures one policy, or what is missing of it."""
-    started = time.perf_counter()
+    """Trains and measures one policy, or what is missing of it. "expert" is the scripted one through the same
+    controller: the upper bound of success, and the path it takes."""
     folder = output / world / f"{reference_frame}-{seed}"
-    if not (folder / "hub").exists():
-        train(folder, output / world / "dataset", reference_frame, seed, steps)
-    model = WallVLAForConditionalGeneration.from_pretrained(folder / "hub")
-    policy = HubPolicy(model, WallVLAProcessor.from_pretrained(folder / "hub"), EMBODIMENT)
+    result = stored(folder, episodes)
+    if result is not None:
+        return result
+    started = time.perf_counter()
+    result = {"world": world, "frame": reference_frame, "seed": seed, **provenance()}
     with MovingBaseEnv(TASK, WORLDS[world]) as env:
-        played = {"closed_loop": play(env, policy, folder / "episodes.jsonl", episodes)}
+        policy = ScriptedExpert(env)
+        if reference_frame != "expert":
+            if not (folder / "hub").exists():
+                train(folder, output / world / "dataset", reference_frame, seed, steps)
+            model = WallVLAForConditionalGeneration.from_pretrained(folder / "hub")
+            policy = HubPolicy(model, WallVLAProcessor.from_pretrained(folder / "hub"), EMBODIMENT)
+            result["open_loop"] = open_loop(policy, output / world / "held_out")
+        result["closed_loop"] = play(env, policy, folder / "episodes.jsonl", episodes)
         if reference_frame == REFERENCE:
-            played["blind"] = play(env, BlankedImages(policy), folder / "blind.jsonl", episodes)
-    losses = [entry["loss"] for entry in json.loads((folder / "losses.json").read_text()) if "loss" in entry]
-    result = {"world": world, "frame": reference_frame, "seed": seed, "steps": steps, **provenance(), **played}
-    result |= {"final_loss": losses[-1], "open_loop": open_loop(policy, output / world / "held_out")}
-    write(folder / "result.json", json.dumps(result | {"seconds": round(time.perf_counter() - started)}))
+            result["blind"] = play(env, BlankedImages(policy), folder / "blind.jsonl", episodes)
+    result["seconds"] = round(time.perf_counter() - started)
+    write(folder / "result.json", json.dumps(result))
     return result
-
-
-def run_expert(output: Path, world: str, episodes: int) -> None:
-    """The scripted expert through the same controller: the upper bound of success, and the path it takes."""
-    with MovingBaseEnv(TASK, WORLDS[world]) as env:
-        played = play(env, ScriptedExpert(env), output / world / "expert.jsonl", episodes)
-    result = {"world": world, "frame": "expert", "seed": 0, **provenance(), "closed_loop": played}
-    write(output / world / "expert" / "result.json", json.dumps(result))
 
 
 def provenance() -> dict:
@@ -443,10 +435,10 @@ def main() -> None:
     for world in options.worlds:
         folder = options.output / world
         if not (folder / "dataset").exists():
-            record(folder / "dataset", WORLDS[world], options.demonstrations, TRAINING_SEED_START, noise=0.6)
+            record(folder / "dataset", WORLDS[world], options.demonstrations, metaworld.TRAINING_SEED_START, noise=0.6)
         if not (folder / "held_out").exists():
             record(folder / "held_out", WORLDS[world], HELD_OUT, OPEN_LOOP_SEED, noise=0.0)
-        run_expert(options.output, world, options.episodes)
+        run_arm(options.output, world, "expert", 0, 0, options.episodes)
         for seed, frame in itertools.product(options.seeds, options.frames):
             result = run_arm(options.output, world, frame, seed, options.steps, options.episodes)
             print(f"{world}, {frame}-{seed}: {rate_cell(outcomes([result]))}", flush=True)
