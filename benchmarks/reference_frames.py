@@ -208,17 +208,17 @@ def record(root: Path, world: World, episodes: int, seed0: int, noise: float, im
 # --- arms
 
 
-def train(folder: Path, dataset_root: Path, reference_frame: str, seed: int, steps: int) -> None:
+def train(folder: Path, dataset_root: Path, reference_frame: str, seed: int, options: dict) -> None:
     """Trains the quickstart's model on the action targets alone and saves `folder / "hub"`.
 
     No state is dropped: in the world's frames a policy needs it to know how the base stands.
     """
     set_seed(seed)
-    config = QuickstartConfig(task=[TASK], steps=steps, seed=seed)
+    config = QuickstartConfig(task=[TASK], steps=options["steps"], batch_size=options["batch_size"], seed=seed)
     dataset = LeRobotDataset(dataset_root, embodiment=EMBODIMENT, action_horizon=8, frames_in_memory=True)
     stats = compute_statistics(dataset, embodiment(reference_frame))
     processor = build_processor(config, embodiment(reference_frame, stats))
-    length = steps * config.batch_size
+    length = config.steps * config.batch_size
     mixture = CoTrainingMixture(dataset, seed=seed, length=length, augment=random_shift(2))
     fit(config, build_model(processor), processor, mixture, folder, folder / "hub", {"report_to": "none"})
     shutil.rmtree(folder / "training")
@@ -266,7 +266,7 @@ def stored(folder: Path, episodes: int) -> dict | None:
     return result if len(result["closed_loop"]) >= episodes else None
 
 
-def run_arm(output: Path, world: str, reference_frame: str, seed: int, steps: int, episodes: int) -> dict:
+def run_arm(output: Path, world: str, reference_frame: str, seed: int, options: dict, episodes: int) -> dict:
     """Trains and measures one policy, or what is missing of it. "expert" is the scripted one through the same
     controller: the upper bound of success, and the path it takes."""
     folder = output / world / f"{reference_frame}-{seed}"
@@ -279,7 +279,7 @@ def run_arm(output: Path, world: str, reference_frame: str, seed: int, steps: in
         policy = ScriptedExpert(env)
         if reference_frame != "expert":
             if not (folder / "hub").exists():
-                train(folder, output / world / "dataset", reference_frame, seed, steps)
+                train(folder, output / world / "dataset", reference_frame, seed, options)
             model = WallVLAForConditionalGeneration.from_pretrained(folder / "hub")
             policy = HubPolicy(model, WallVLAProcessor.from_pretrained(folder / "hub"), EMBODIMENT)
             result["open_loop"] = open_loop(policy, output / world / "held_out")
@@ -390,7 +390,7 @@ def report(output: Path, results: Path) -> str:
     if not any(row["frame"] != "expert" for row in rows):
         raise ValueError(f"{output} holds no finished policy: run the benchmark first.")
     options = json.loads((output / "options.json").read_text())
-    text = ["# Reference frames\n", f"`benchmarks/reference_frames.py`, {json.dumps(options)}."]
+    text = ["# Reference frames\n", f"`benchmarks/reference_frames.py`, {TASK}, {json.dumps(options)}."]
     for name in ("machine", "date", "commit"):
         text.append(f"{name.capitalize()}: {'; '.join(sorted({row[name] for row in rows}))}.")
     tests = {}
@@ -421,7 +421,8 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--frames", nargs="*", choices=REFERENCE_FRAMES, default=list(REFERENCE_FRAMES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=400, help="training steps")
+    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=24, help="samples of a step")
     parser.add_argument("--demonstrations", type=int, default=40, help="of the training set")
     parser.add_argument("--episodes", type=int, default=40, help="closed-loop scenes of each policy")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only write the tables of what is there")
@@ -431,16 +432,17 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     register_auto_classes()
-    check_options(options.output, {"task": TASK, "steps": options.steps, "demonstrations": options.demonstrations})
+    training = {name: vars(options)[name] for name in ("demonstrations", "steps", "batch_size")}
+    check_options(options.output, training)
     for world in options.worlds:
         folder = options.output / world
         if not (folder / "dataset").exists():
             record(folder / "dataset", WORLDS[world], options.demonstrations, metaworld.TRAINING_SEED_START, noise=0.6)
         if not (folder / "held_out").exists():
             record(folder / "held_out", WORLDS[world], HELD_OUT, OPEN_LOOP_SEED, noise=0.0)
-        run_arm(options.output, world, "expert", 0, 0, options.episodes)
+        run_arm(options.output, world, "expert", 0, training, options.episodes)
         for seed, frame in itertools.product(options.seeds, options.frames):
-            result = run_arm(options.output, world, frame, seed, options.steps, options.episodes)
+            result = run_arm(options.output, world, frame, seed, training, options.episodes)
             print(f"{world}, {frame}-{seed}: {rate_cell(outcomes([result]))}", flush=True)
 
 
