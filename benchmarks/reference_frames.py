@@ -295,8 +295,7 @@ def provenance() -> dict:
     """Date, commit and machine of a figure."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
     machine = f"{names[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} thread, torch {torch.__version__}"
     return {"date": date.today().isoformat(), "commit": commit, "machine": machine}
@@ -422,7 +421,7 @@ def main() -> None:
     parser.add_argument("--frames", nargs="*", choices=REFERENCE_FRAMES, default=list(REFERENCE_FRAMES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=300, help="training steps")
-    parser.add_argument("--batch-size", type=int, default=24, help="samples of a step")
+    parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--demonstrations", type=int, default=40, help="of the training set")
     parser.add_argument("--episodes", type=int, default=40, help="closed-loop scenes of each policy")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only write the tables of what is there")

@@ -99,14 +99,14 @@ def test_the_controller_clips_and_refuses(envs):
 
 def test_the_expert_succeeds_through_every_base(envs):
     _, env = envs
-    for seed in range(1_000_000, 1_000_003):
+    for seed in (1_000_000, 1_000_001):
         assert run_episode(env, ScriptedExpert(env), seed, max_steps=frames.MAX_STEPS)["success"]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     root = tmp_path_factory.mktemp("frames") / "dataset"
-    frames.record(root, frames.WORLDS["moving"], 3, 0, noise=0.6, image_size=16)
+    frames.record(root, frames.WORLDS["moving"], 1, 0, noise=0.6, image_size=16)
     return LeRobotDataset(root, embodiment=frames.EMBODIMENT, action_horizon=8)
 
 
