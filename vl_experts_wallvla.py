@@ -173,7 +173,7 @@ class Qwen25VL:
         """Puts the images on their tokens; the second is what is added after the first layers, (tokens, C) each."""
         if pixel_values is None:
             return hidden, []
-        features, added = self.features(vlm, pixel_values, image_grid_thw)
+        features, added = self.features(vlm, pixel_values.to(hidden.dtype), image_grid_thw)
         torch_compilable_check(
             is_image.sum() == len(features),
             f"The images have {len(features)} tokens, and `input_ids` another number of image tokens. Pass "
@@ -258,7 +258,7 @@ class Florence2(Qwen25VL):
     def encode(self, vlm, hidden, ids, attention_mask, is_image, pixel_values, image_grid_thw) -> EncodedPrefix:
         if pixel_values is None:
             raise ValueError("Found no `pixel_values`: this VLM encodes the main view together with the language.")
-        features = vlm.get_image_features(pixel_values).pooler_output  # (images, tokens of one, C)
+        features = vlm.get_image_features(pixel_values.to(hidden.dtype)).pooler_output  # (images, tokens of one, C)
         tokens, batch = features.shape[1], len(ids)
         views = torch.zeros_like(hidden).masked_scatter(is_image[..., None], features.flatten(0, 1).to(hidden.dtype))
         hidden = torch.where(is_image[..., None], views, hidden)
