@@ -182,7 +182,8 @@ class WallVLAEngine:
         """
         self._check(samples, guidance)
         with self._lock, torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            if self.forward is None:
+            # Without an image there is nothing to plan
+            if self.forward is None or not any(sample.get("images") for sample in samples):
                 noise, batch = None if noise is None else noise.to(self.device), self.processor.encode(samples)
                 return self.model.sample_actions(
                     **batch.to(self.device),
