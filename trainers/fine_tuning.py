@@ -35,6 +35,7 @@ from .co_training_config import CoTrainingConfig
 from .co_training_trainer import CoTrainingTrainer
 from .distributed import DATA_STATE, last_checkpoint
 from .estimate import Estimate, EstimateArguments, estimate_training
+from .parameter_groups import freeze
 
 
 @dataclass
@@ -252,9 +253,11 @@ def estimate_run(
         model = WallVLAForConditionalGeneration(config)
         if options.adapter_rank:
             for name, parameter in model.named_parameters():
-                if not any(head in name for head in HEADS):
+                if not any(f"{kept}." in name for kept in model._keep_in_fp32_modules_strict):
                     parameter.data = parameter.data.to(weight_dtype(options, args))
             model = adapt(model, options)
+        if args.freeze:
+            freeze(model, args.freeze)
     return estimate_training(
         config, sizes.workload(args), args.optimizer, args.bf16, args.gradient_checkpointing, model
     )
