@@ -131,6 +131,18 @@ def test_a_rank_may_have_no_action_no_question_and_no_picture(tmp_path):
     assert_same_run(result(tmp_path / "two"), expected)
 
 
+@pytest.mark.parametrize("kind", ["soft_prompt", "dit"])
+def test_ranks_of_other_kinds(kind, tmp_path):
+    """As above with parameters of domains, states in the expert, and an LM head that only rank 1 needs."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    options = FOUR | {"data": "separate", "kind": kind}
+    run(1, "train", tmp_path / "one", per_device_train_batch_size=4, **options)
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "fsdp": "SHARDED_STATE_DICT"}
+    run(2, "train", tmp_path / "two", **split, **options)
+    assert_same_run(result(tmp_path / "two"), result(tmp_path / "one"))
+
+
 @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", pytest.param("FULL_STATE_DICT", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_ranks(kind, tmp_path):
     """Four ranks stop after two steps; two ranks go on: optimizer, schedule, data and noise. And one process."""
