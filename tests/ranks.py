@@ -87,8 +87,7 @@ def mixture(kind: str, length: int = 4096):
 def trainer(
     folder: Path, data: str = "mixed", fsdp: str | None = None, seed: int = 0, kind: str | None = None, **options
 ):
-    """A trainer on the CPU of the quickstart's model, or of a tiny one with an action expert of another kind; `fsdp` is
-    how FSDP2 saves."""
+    """A trainer on the CPU of the quickstart's model, or of a tiny one of another kind; `fsdp` is how FSDP2 saves."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import DistributedType
