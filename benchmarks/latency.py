@@ -563,7 +563,7 @@ def main() -> None:
         "run": {
             "command": shlex.join(["python", "benchmarks/latency.py", *sys.argv[1:]]),
             "machine": machine,
-            "load": "{:.1f} processes on {} cores".format(os.getloadavg()[0], os.cpu_count()),
+            "load": f"{os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores",
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
             "commit": options.commit,

@@ -66,8 +66,8 @@ def test_the_whole_line(kind, vlm, dataset, tmp_path):
         processing_class=processor,
     )
     trainer.train()
-    # Without text and second views nothing reaches an LM head and the norm before it, the last VL layer but for keys and
-    # values, and what projects such views
+    # Without text and second views nothing reaches an LM head and the norm before it, the last VL layer (but for keys
+    # and values), and what projects such views
     idle = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     unread = re.compile(r"language_model\.(norm|layers\.3)\.|lm_head|auxiliary_proj")
     assert [name for name in idle if not unread.search(name)] == []
