@@ -141,6 +141,8 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             norms = ["input_layernorm", "post_attention_layernorm", "language_model.norm", "action_expert.norm"]
             self._keep_in_fp32_modules_strict += norms
         self.post_init()
+        # Sharding refuses the names of layers that are not there
+        self._no_split_modules = {type(each).__name__ for each in self.modules()} & set(self._no_split_modules)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
