@@ -94,8 +94,9 @@ class CoTrainingTrainer(Trainer):
     ):
         if processing_class is not None:
             processing_class.check_model(model.config)
-        if args.loss_space is not None:
-            model.config.loss_space = args.loss_space
+        for name in ("loss_space", "time_sampler", "text_loss_weight"):
+            if vars(args)[name] is not None:
+                setattr(model.config, name, vars(args)[name])
         if args.freeze:
             freeze(model, args.freeze)
         callbacks = [*(callbacks or ()), *build_instruments(model, args, processing_class)]
