@@ -51,6 +51,7 @@ from .published import (
 from .tensor_files import (
     DTYPE_NAMES,
     DTYPES,
+    INDEX_NAME,
     TensorInfo,
     checksum,
     read_header,
@@ -391,7 +392,8 @@ def write_repository(plan: Plan, folder: Path) -> None:
     kept.mkdir(exist_ok=True)
     for pattern in KEPT_FILES[family]:
         for path in plan.checkpoint.folder.glob(pattern):
-            shutil.copyfile(path, kept / path.name)
+            if path.name != INDEX_NAME:
+                shutil.copyfile(path, kept / path.name)
     if plan.parts.kept:
         infos = {key: plan.checkpoint.tensors[key] for key in plan.parts.kept}
         write_tensors(

@@ -273,8 +273,13 @@ def action_mode(config: WallVLAConfig) -> str:
 
 
 def upstream_config(config: WallVLAConfig) -> dict:
-    """The config.json that X-VLA's own code reads."""
+    """The config.json that X-VLA's own code reads. It has no place for the weight of an "auto" loss, which is 100."""
     expert, vlm = config.action_expert, config.vlm_config
+    if config.state_dim != config.action_dim:
+        raise ValueError(
+            f"X-VLA's own code has states as wide as actions; this model has state_dim {config.state_dim} and "
+            f"action_dim {config.action_dim}: no export."
+        )
     if expert.conditioning == "hpt" or config.sampler != "renoise" or config.prediction != "action":
         raise ValueError(
             f'X-VLA predicts the action with soft prompts; this model has conditioning "{expert.conditioning}", '

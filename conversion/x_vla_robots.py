@@ -116,6 +116,7 @@ def read_steps(checkpoint: Checkpoint) -> Steps:
     cameras = [key for key, feature in inputs.items() if feature.get("type") == "VISUAL" and "empty_camera" not in key]
     words = found.get("tokenizer_processor", {})
     widths = [feature["shape"][-1] for feature in inputs.values() if feature.get("type") == "STATE"]
+    views = config.get("num_image_views") or len(cameras) + config.get("empty_cameras", 0)
     actions = [feature["shape"][-1] for feature in outputs.values()]
     return Steps(
         cameras=tuple(renamed.get(key, key) for key in cameras) or CAMERAS,
@@ -124,7 +125,7 @@ def read_steps(checkpoint: Checkpoint) -> Steps:
         action=actions[0] if actions else 0,
         language_tokens=words.get("max_length", config.get("tokenizer_max_length", 64)),
         tokenizer=words.get("tokenizer_name", config.get("tokenizer_name", TOKENIZER)),
-        num_views=config.get("num_image_views") or len(cameras) + config.get("empty_cameras", 0) or len(CAMERAS),
+        num_views=max(views, len(cameras)) or len(CAMERAS),
     )
 
 
@@ -190,7 +191,10 @@ def published_robots(config: WallVLAConfig, steps: Steps, notes: list[str]) -> d
             if len(steps.cameras) < len(robot.views):
                 robot = replace(robot, views=robot.views[: len(steps.cameras)])
             named[robot.domain] = embodiment_of(robot, domains, horizon, steps.cameras)
-            notes.append(f"LeRobot's files: domain {steps.domain} ({robot.domain}), {', '.join(steps.cameras)}")
+            notes.append(
+                f"LeRobot's files: domain {steps.domain} ({robot.domain}), cameras {', '.join(steps.cameras)}; the "
+                f"published data of this domain has the first {len(robot.views)}, --embodiment NAME=FILE another robot"
+            )
     notes.append(
         "robots have the units of the published data: metres, rot6d, grippers as its handlers write them (mostly 1 is "
         f"closed); a chunk covers the seconds of its handler. {', '.join(NO_VIEWS)} have no robot, since their "

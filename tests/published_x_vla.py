@@ -1,4 +1,4 @@
-"""Tiny random X-VLA checkpoints in the published layouts, written key by key from the notes on them, not by our tables."""
+"""Tiny random X-VLA checkpoints in the published layouts, key by key from the notes on them, not by our tables."""
 
 import json
 from pathlib import Path
@@ -248,10 +248,10 @@ def write(folder: Path, found: dict[str, torch.Tensor], settings: dict, files: i
     (folder / "config.json").write_text(json.dumps(settings))
     if tokens:
         tokenizer().save_pretrained(folder)
-        size = {"height": SIDE, "width": SIDE}
-        image = {"image_processor_type": "CLIPImageProcessor", "size": size, "do_center_crop": False, "resample": 3}
-        image |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-        (folder / "preprocessor_config.json").write_text(json.dumps(image))
+    size = {"height": SIDE, "width": SIDE}
+    image = {"image_processor_type": "CLIPImageProcessor", "size": size, "do_center_crop": False, "resample": 3}
+    image |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(image))
     return folder
 
 
