@@ -43,7 +43,7 @@ STATE_PROJECTION = "state_proj.weight"
 def export(
     source: str | Path, output: str | Path, max_shard_size: int | None = None, show_progress: bool = False
 ) -> Path:
-    """Writes the checkpoint of `source` in the published layout: X-VLA's for a model on Florence-2, else Wall-OSS'.
+    """Writes the checkpoint of `source` in the published layout of its kind, that of Wall-OSS or of X-VLA.
 
     A converted repository gives back the tensors that it came from, byte by byte, with its own configuration and
     normalisers. Another one (trained here, or from a bare Qwen2.5-VL) gets files in the same form.
@@ -62,13 +62,18 @@ def export(
     if not (source / "config.json").exists() or read_json(source / "config.json").get("model_type") != "wallvla":
         raise ValueError(f"{source} is no repository of this package. `wallvla inspect` says what it is.")
     config = WallVLAConfig.from_pretrained(source, local_files_only=True)
+    kinds = config.vlm_config.model_type, config.action_expert.kind
+    if kinds not in OUTPUTS:
+        known = ", ".join(f"{expert} on {vlm}" for vlm, expert in OUTPUTS)
+        raise ValueError(
+            f"No published layout has a place for an action expert {kinds[1]} on {kinds[0]}; exports are: {known}."
+        )
     processor = load_processor(source)
     tensors = read_headers(source)
     ours = [Entry(name, shape, (Piece(name, 0, shape),)) for name, shape in our_parameters(config).items()]
     compare(ours, tensors)
     report = read_json(source / REPORT) if (source / REPORT).exists() else {}
-    is_x_vla = config.vlm_config.model_type == "florence2"
-    published = (x_vla_output if is_x_vla else wall_output)(source, config, processor, tensors, report.get("layout"))
+    published = OUTPUTS[kinds](source, config, processor, tensors, report.get("layout"))
     entries, kept = published.entries, published.kept
     infos = {entry.key: TensorInfo(Path(), tensors[entry.pieces[0].target].dtype, entry.shape) for entry in entries}
     infos |= {key: TensorInfo(Path(), DTYPE_NAMES[values.dtype], tuple(values.shape)) for key, values in kept.items()}
@@ -135,20 +140,24 @@ def x_vla_output(
 ) -> Published:
     """X-VLA's layout: that of `found`, or as its authors have it."""
     layout = XVLALayout(**found) if found else XVLALayout()
-    file, files = source / PUBLISHED / UNUSED, source / PUBLISHED
+    file, stored = source / PUBLISHED / UNUSED, source / PUBLISHED / "config.json"
     kept = {key: read_tensor(info, key) for key, info in read_header(file).items()} if file.exists() else {}
+    values = read_json(stored) if stored.exists() else x_vla.upstream_config(config)
+    domains = len(config.domains)
 
     def write(folder: Path) -> None:
         processor.tokenizer.save_pretrained(folder)
         processor.image_processor.save_pretrained(folder)
-        for path in (*files.glob("*.json"), *files.glob("*.txt")):
+        for path in (*stored.parent.glob("*.json"), *stored.parent.glob("*.txt")):
             shutil.copyfile(path, folder / path.name)
-        path, domains = folder / "config.json", len(config.domains)
-        values = read_json(path) if path.exists() else x_vla.upstream_config(config)
-        if not path.exists() or values.get("num_domains", 30) != domains:
-            write_json(path, values | {"num_domains": domains})
+        if not stored.exists() or values.get("num_domains", 30) != domains:
+            write_json(folder / "config.json", values | {"num_domains": domains})
 
     return Published(x_vla.entries(config, layout), kept, write)
+
+
+# By the kinds of VLM and action expert
+OUTPUTS = {("qwen2_5_vl", "mot"): wall_output, ("florence2", "soft_prompt"): x_vla_output}
 
 
 def write_json(path: Path, values: dict) -> None:

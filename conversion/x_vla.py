@@ -179,7 +179,7 @@ def refuse_other_architectures(config: dict, is_port: bool) -> None:
     """Raises ValueError for settings under which the published code computes something else than we do."""
     mapping = config.get("normalization_mapping") or {}
     normalised = {kind: mode for kind, mode in mapping.items() if kind in ("STATE", "ACTION") and mode != "IDENTITY"}
-    mode = config.get("action_mode", "ee6d").lower()
+    mode = mode_of(config)
     for found, rule in (
         (config.get("use_hetero_proj", False), "use_hetero_proj: projections of the observation for each domain"),
         (is_port and not config.get("use_proprio", True), "use_proprio false: no proprioception"),
@@ -191,6 +191,11 @@ def refuse_other_architectures(config: dict, is_port: bool) -> None:
                 f"config.json says {rule}. No published checkpoint uses this and this model does not compute it; "
                 "converting would change the results."
             )
+
+
+def mode_of(config: dict) -> str:
+    """The action mode that a published config.json says."""
+    return config.get("action_mode", "ee6d").lower()
 
 
 def real_action_dim(config: dict, action_dim: int) -> int:
@@ -215,7 +220,7 @@ def x_vla_config(
     depth, width = config.get("depth", 24), config.get("hidden_size", 1024)
     check_depth("depth", depth)
     prompts = config.get("len_soft_prompts", 32)
-    mode = config.get("action_mode", "ee6d").lower()
+    mode = mode_of(config)
     fields = {}
     if mode == "auto":
         channels = config.get("max_action_dim", 20)
@@ -335,7 +340,7 @@ def published_sizes(values: dict, tensors: dict[str, TensorInfo]) -> dict:
     return {
         "action_dim": channels,
         "action_horizon": values.get("num_actions", values.get("chunk_size")),
-        "action_mode": values.get("action_mode", "ee6d"),
+        "action_mode": mode_of(values),
         "domains": rows,
         "soft_prompts": values.get("len_soft_prompts", 32),
     }

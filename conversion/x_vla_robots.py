@@ -17,7 +17,7 @@ from ..processing_wallvla import WallVLAProcessor
 from ..prompts_wallvla import X_VLA
 from .published import Checkpoint, locate
 from .tensor_files import read_json
-from .x_vla import action_mode, x_vla_config
+from .x_vla import action_mode, mode_of, x_vla_config
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def tokens_of_view(config: WallVLAConfig, side: int) -> int:
 def published_config(checkpoint: Checkpoint, steps: Steps, tokenizer: BartTokenizer) -> WallVLAConfig:
     """`WallVLAConfig` of a checkpoint."""
     values = checkpoint.config
-    domains = domain_names(values.get("num_domains", 30), values.get("action_mode") == "agibot_ee6d")
+    domains = domain_names(values.get("num_domains", 30), mode_of(values) == "agibot_ee6d")
     image_token_id = tokenizer.convert_tokens_to_ids(X_VLA.image_token)
     return x_vla_config(values, checkpoint.is_port, domains, image_token_id, steps.language_tokens)
 

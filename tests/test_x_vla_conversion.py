@@ -142,6 +142,17 @@ def test_what_x_vla_does_not_compute_is_not_exported(converted, tmp_path):
         with pytest.raises(ValueError, match=message):
             export(fresh, tmp_path / "back")
         assert nothing_written(tmp_path / "back")
+    with pytest.raises(ValueError, match="states as wide as actions"):
+        x_vla.upstream_config(WallVLAConfig.x_vla("auto", state_dim=32))
+
+
+def test_a_kind_that_nobody_published_is_not_exported(tmp_path):
+    dit = {"kind": "dit", "hidden_size": 32, "num_attention_heads": 2, "mrope_section": [4, 2, 2]}
+    WallVLAConfig.tiny(action_expert=dit).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="dit on qwen2_5_vl; exports are: mot on qwen2_5_vl, soft_prompt on florence2"
+    ):
+        export(tmp_path, tmp_path / "back")
 
 
 def test_dtype_casts_all_but_heads(source, tmp_path):
