@@ -30,6 +30,8 @@ from .grounding_wallvla import (
     find_elements,
     grounding_prompt,
     read_answer,
+    to_original,
+    to_resized,
 )
 from .images_wallvla import ImageLike, SquareImages, as_array, images_of, longest_side_size, resize
 from .prompts_wallvla import STATE_TOKEN, WALL_OSS, PromptFormat
@@ -176,7 +178,7 @@ class WallVLAProcessor(ProcessorMixin):
         return self._action_tokens.config(self.embodiments.values())
 
     def check_model(self, config) -> None:
-        """Raises ValueError unless the model of `config` knows our tokens and was trained with our codec."""
+        """Raises ValueError unless the model of `config` has our tokens, reads our states and knows our codec."""
         rows = config.vlm_config.get_text_config().vocab_size
         # The image token is replaced before it is embedded; in Florence-2 it lies behind the table
         last = max(index for index in self.tokenizer.get_vocab().values() if index != self.image_token_id)
@@ -184,6 +186,12 @@ class WallVLAProcessor(ProcessorMixin):
             raise ValueError(
                 f"Found token id {last} in the tokenizer and {rows} rows in the model's embeddings. Resize them "
                 f"(`model.vlm.resize_token_embeddings`), or build the model with this vocab_size."
+            )
+        to_model = {kind for kind in (config.proprioception, self.proprioception) if kind in ("projected", "expert")}
+        if to_model and config.proprioception != self.proprioception:
+            raise ValueError(
+                f"Found proprioception {self.proprioception!r} in the processor and {config.proprioception!r} in the "
+                f"model. Where the model reads the state, both have to say so."
             )
         ours = None if self.action_codec is None else self.action_codec.fingerprint()
         _check_fingerprints(ours, config.action_codec_fingerprint, "processor", "model")
@@ -273,9 +281,7 @@ class WallVLAProcessor(ProcessorMixin):
                 f"Found {len(embodiment.cameras)} cameras in embodiment {name!r}, the prompt format has "
                 f"{self.prompt_format.num_views} views. Leave some out, or raise num_views."
             )
-        vocabulary = self.tokenizer.get_vocab()
-        new = [token for token in self.prompt_format.tokens_of_views(embodiment) if token not in vocabulary]
-        self.tokenizer.add_tokens(new, special_tokens=True)
+        self.tokenizer.add_tokens(self.prompt_format.tokens_of_views(embodiment), special_tokens=True)
         self.embodiments[name] = embodiment
 
     def to_dict(self) -> dict:
@@ -759,8 +765,9 @@ class WallVLAProcessor(ProcessorMixin):
             `points` [(x, y)] and `boxes` [(x1, y1, x2, y2)]: lists of tuples of floats, clamped to the image.
         """
         points, boxes = find_elements(text)
-        points = [self._to_original(point, image_size) for point in points]
-        boxes = [self._to_original(box, image_size) for box in boxes]
+        resized = self.resized_size(image_size)
+        points = [to_original(point, resized, image_size) for point in points]
+        boxes = [to_original(box, resized, image_size) for box in boxes]
         return points, [box for box in boxes if box[0] <= box[2] and box[1] <= box[3]]
 
     def grounding_prompt(self, kind: str, subject: str) -> str:
@@ -796,11 +803,11 @@ class WallVLAProcessor(ProcessorMixin):
 
     def format_point(self, point: Sequence[float], image_size: tuple[int, int]) -> str:
         """Inverse of `parse_grounding` for a point (x, y) in pixels of the original image; rounds to whole pixels."""
-        return f"<point>{self._to_resized(point, image_size)}</point>"
+        return f"<point>{to_resized(point, self.resized_size(image_size), image_size)}</point>"
 
     def format_box(self, box: Sequence[float], image_size: tuple[int, int]) -> str:
         """Inverse of `parse_grounding` for a box (x1, y1, x2, y2) in pixels of the original image."""
-        return f"<box>{self._to_resized(box, image_size)}</box>"
+        return f"<box>{to_resized(box, self.resized_size(image_size), image_size)}</box>"
 
     def format_points(self, points: Sequence[Sequence[float]], image_size: tuple[int, int]) -> str:
         """Several points, or a trajectory in the order of time: one `<point>` after the other."""
@@ -809,20 +816,6 @@ class WallVLAProcessor(ProcessorMixin):
     def format_boxes(self, boxes: Sequence[Sequence[float]], image_size: tuple[int, int]) -> str:
         """Several boxes, one after the other."""
         return "".join(self.format_box(box, image_size) for box in boxes)
-
-    def _to_original(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> tuple[float, ...]:
-        resized = self.resized_size(image_size)
-        return tuple(
-            min(max(value * image_size[axis % 2] / resized[axis % 2], 0.0), float(image_size[axis % 2]))
-            for axis, value in enumerate(coordinates)
-        )
-
-    def _to_resized(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> list[int]:
-        resized = self.resized_size(image_size)
-        return [
-            round(min(max(value / image_size[axis % 2], 0.0), 1.0) * resized[axis % 2])
-            for axis, value in enumerate(coordinates)
-        ]
 
 
 def _check_fingerprints(found: str | None, trained: str | None, ours: str, theirs: str) -> None:
