@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_actions, tiny_batch, tiny_model
 from torch import nn
 
-from wallvla.modeling_wallvla import PrefixContext
+from wallvla.vl_experts_wallvla import PrefixContext
 
 
 ROOT = Path(__file__).resolve().parents[1]
