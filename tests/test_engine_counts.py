@@ -1,7 +1,6 @@
 """What a policy call computes at the real sizes of Wall-OSS-0.5, counted without its weights."""
 
 import importlib.util
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
