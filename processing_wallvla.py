@@ -481,7 +481,7 @@ class WallVLAProcessor(ProcessorMixin):
         if images is not None and not isinstance(images, dict):
             raise ValueError(
                 f"Found images of type {type(images).__name__} in sample {index}. A robot's images are given by "
-                f"camera: {{{next(iter(embodiment.cameras))!r}: image, ...}}."
+                f"camera: {{{next(iter(embodiment.cameras), 'camera')!r}: image, ...}}."
             )
         given = {short_camera_key(key): image for key, image in (images or {}).items()}
         cameras = self._cameras(sample)
@@ -499,7 +499,7 @@ class WallVLAProcessor(ProcessorMixin):
         cameras = self.get_embodiment(sample.get("embodiment")).cameras
         dropped = {short_camera_key(key) for key in sample.get("dropped_cameras", ())}
         kept = {key: label for key, label in cameras.items() if short_camera_key(key) not in dropped}
-        if not kept:
+        if cameras and not kept:
             raise ValueError(
                 f"Found dropped_cameras {', '.join(sorted(dropped))}: no camera is left. Keep at least one."
             )
