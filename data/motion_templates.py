@@ -133,13 +133,13 @@ class _Words:
         return self.choose(wordings)
 
     def move(self, move: np.ndarray) -> str:
-        """A displacement along one or two axes."""
+        """A displacement along one or two axes, sideways first: `place` says it the other way round."""
         parts = []
+        if move[1]:
+            parts.append(f"{self.length(abs(move[1]))} to the {'left' if move[1] > 0 else 'right'}")
         if move[0]:
             words = ("forward", "further from the robot") if move[0] > 0 else ("backward", "closer to the robot")
             parts.append(f"{self.length(abs(move[0]))} {self.choose(words)}")
-        if move[1]:
-            parts.append(f"{self.length(abs(move[1]))} to the {'left' if move[1] > 0 else 'right'}")
         return " and ".join(parts)
 
     def turn(self, degrees: int) -> str:

@@ -13,9 +13,10 @@ import multiprocessing
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -240,9 +241,10 @@ def generate(
     blocks = [(arm, first) for arm in arms for first in range(0, trajectories, block)]
     missing = [(folder, plan, *each) for each in blocks if not _block_path(folder, *each).exists()]
     sizes = [min(block, trajectories - first) for *_, first in missing]
-    _run(_make_block, missing, sizes, workers, "planning", "trajectory", progress)
     unwritten = [(folder, plan, arm) for arm in arms if not (folder / arm).exists()]
-    _run(_write_arm, unwritten, [trajectories] * len(unwritten), workers, "writing", "trajectory", progress)
+    with _processes(workers) as pool:
+        _run(pool, _make_block, missing, sizes, "planning", progress)
+        _run(pool, _write_arm, unwritten, [trajectories] * len(unwritten), "writing", progress)
     report = {arm: _report(folder, plan, arm) for arm in arms}
     for arm in arms:
         _write_json(folder / f"{arm}.poses.json", pose_embodiment(arm, action_horizon).to_dict())
@@ -282,29 +284,36 @@ def _begin(output: Path, plan: _Plan) -> Path:
     return folder
 
 
-def _run(
-    function: Callable, jobs: list[tuple], sizes: Iterable[int], workers: int, name: str, unit: str, progress: bool
-):
-    """`function(*job)` for all jobs, in processes if there are several workers."""
-    with tqdm(total=sum(sizes), desc=name, unit=unit, disable=None if progress else True) as bar:
-        if workers == 1 or len(jobs) < 2:
+@contextmanager
+def _processes(workers: int):
+    """A pool of processes, or None for one worker, which is this process."""
+    if workers == 1:
+        yield None
+        return
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _run(pool, function: Callable, jobs: list[tuple], sizes: list[int], name: str, progress: bool):
+    """`function(*job)` for all jobs, which handle so many trajectories each, in the pool if there is one."""
+    with tqdm(total=sum(sizes), desc=name, unit="trajectory", disable=None if progress else True) as bar:
+        if pool is None:
             for job, size in zip(jobs, sizes, strict=True):
                 function(*job)
                 bar.update(size)
             return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-            futures = {pool.submit(function, *job): size for job, size in zip(jobs, sizes, strict=True)}
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update(futures[future])
-            except BrokenProcessPool as error:
-                raise ChildProcessError(
-                    "A worker died, perhaps for lack of memory. The same call goes on from what is complete."
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+        futures = {pool.submit(function, *job): size for job, size in zip(jobs, sizes, strict=True)}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update(futures[future])
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "A worker died, perhaps for lack of memory. The same call goes on from what is complete."
+            ) from error
 
 
 def _one_thread():

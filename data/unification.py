@@ -11,7 +11,9 @@ dynamics, which nothing here needs, for fourteen compiled packages.
 T frames, S state and D action numbers.
 """
 
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -56,7 +58,9 @@ class UrdfArm:
             raise ImportError('Forward kinematics needs pytorch-kinematics: pip install "wallvla[urdf]".') from error
         path = Path(urdf)
         try:
-            chain = pytorch_kinematics.build_chain_from_urdf(path.read_bytes())
+            # The parser prints a line for every attribute that URDF does not have, of which vendors' files are full.
+            with redirect_stderr(io.StringIO()):
+                chain = pytorch_kinematics.build_chain_from_urdf(path.read_bytes())
         except XMLSyntaxError as error:
             raise ValueError(f"{path} is no URDF: {error}.") from error
         links = [frame.link.name for frame in _frames(chain._root)]
