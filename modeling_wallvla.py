@@ -152,6 +152,9 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.vlm.get_output_embeddings()
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.vlm.set_output_embeddings(value)
+
     def encode_prefix(
         self,
         input_ids: Tensor,
