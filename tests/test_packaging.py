@@ -52,7 +52,7 @@ MAY_IMPORT = {
         "prompts_wallvla",
     },
     "data": {"action_space_wallvla"},
-    "conversion": {"configuration_wallvla", "action_space_wallvla", "modeling_wallvla", "processing_wallvla"},
+    "conversion": MODEL | {"action_space_wallvla", "images_wallvla", "processing_wallvla", "prompts_wallvla"},
     "trainers": MODEL | {"action_space_wallvla", "action_codec_wallvla", "data"},
     "inference": MODEL,
     "evaluation": set(),
