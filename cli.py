@@ -718,7 +718,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `wallvla` command. Errors of the user's input end in one message and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<16}{SUMMARIES[name]}" for name in COMMANDS]
+        lines = [f"  {name:<18}{SUMMARIES[name]}" for name in COMMANDS]
         print("usage: wallvla COMMAND [options]\n\n" + "\n".join(lines) + "\n\nexample:\n  wallvla quickstart")
         print("\n`wallvla COMMAND --help` shows the options of a command and an example.")
         return
