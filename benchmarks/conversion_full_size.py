@@ -4,8 +4,8 @@
     python benchmarks/conversion_full_size.py --folder /tmp/conversion --model x-vla
 
 Needs 25 GB of disk (X-VLA: 11 GB), removed at the end. The weights are random; shapes, dtypes, keys and padding are
-those of the published checkpoint. Wall-OSS-0.5: 837 weights, 56 robots with normalisers, 155,765 embedding rows, vision
-width 3456 for 3420. X-VLA: 903 tensors in float32 under its authors' names.
+those of the published checkpoint. Wall-OSS-0.5: 837 weights, 56 robots with normalisers, 155,765 embedding rows,
+vision width 3456 for 3420. X-VLA: 903 tensors in float32 under its authors' names.
 """
 
 import argparse
