@@ -50,6 +50,7 @@ DOMAINS = (
     *("agiworld-restock", "agiworld-pour", "agiworld-microwave", "agiworld-cloth", "agiworld-conveyor-extra"),
     *("agiworld-cloth-2", "domain_28", "domain_29"),
 )
+# "Wrist View" of a robot with two arms in table 10: one for each
 WRISTS = ("left wrist view", "right wrist view")
 ROBOTS = (
     Robot("Bridge", 5, ("front view",), tag="WidowX"),
@@ -60,7 +61,6 @@ ROBOTS = (
     Robot("robotwin2", 1, ("head view", *WRISTS), 2, "AgileX"),
     Robot("VLABench", 1, ("main view", "front view", "wrist view"), tag="Single Franka"),
     Robot("AGIBOT-challenge", 4, ("head view", *WRISTS), 2, "AGIBOT"),
-    Robot("AIR-AGILEX", 2, ("front view", *WRISTS), 2, "AgileX"),
     Robot("robomind-franka", 4, ("top view",), tag="Single Franka"),
     Robot("robomind-ur", 4, ("top view",), tag="Single UR"),
     Robot("Droid-Left", 4, ("left view", "wrist view"), tag="Single Franka"),
@@ -71,11 +71,10 @@ ROBOTS = (
 )
 # Its challenge has all tasks in domain 0; 61 frames at 30 Hz (121 for the microwave and the clothes)
 CHALLENGE = Robot("agiworld-challenge", 61 / 30, ("head view", *WRISTS), 2, "AGIBOT")
-NO_VIEWS = ("widowx-air", "robocasa-human", "AIRBOT")
-IMAGES = "observation.images."
+NO_VIEWS = ("widowx-air", "robocasa-human", "AIR-AGILEX", "AIRBOT")
 TOKENIZER = "facebook/bart-large"
 TOKENIZER_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
-CAMERAS = tuple(f"{IMAGES}{name}" for name in ("image", "image2", "image3"))
+CAMERAS = ("observation.images.image", "observation.images.image2", "observation.images.image3")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Steps:
 
     cameras: keys of the dataset, in the order of the views.
     domain: `domain_ids` of all its data; `None`: of many.
-    state, action: their channels; 0 where nothing says it.
+    state: its channels; 0 where nothing says it.
     language_tokens: of the language in a row, padding included.
     tokenizer: its name on the Hub.
     num_views: of a row, with those that are always missing.
@@ -93,7 +92,6 @@ class Steps:
     cameras: tuple[str, ...] = CAMERAS
     domain: int | None = None
     state: int = 0
-    action: int = 0
     language_tokens: int = 50
     tokenizer: str = TOKENIZER
     num_views: int = 3
@@ -110,19 +108,17 @@ def read_steps(checkpoint: Checkpoint) -> Steps:
     changed = {kind: mode for kind, mode in normalised.items() if kind in ("STATE", "ACTION") and mode != "IDENTITY"}
     if changed:
         raise ValueError(f"{path.name} normalises {changed}; X-VLA sees states and actions as they are.")
-    inputs, outputs = (config.get(f"{side}_features") or {} for side in ("input", "output"))
+    inputs = config.get("input_features") or {}
     renamed = found.get("rename_observations_processor", {}).get("rename_map") or {}
     renamed = {new: old for old, new in renamed.items()}
     cameras = [key for key, feature in inputs.items() if feature.get("type") == "VISUAL" and "empty_camera" not in key]
     words = found.get("tokenizer_processor", {})
     widths = [feature["shape"][-1] for feature in inputs.values() if feature.get("type") == "STATE"]
     views = config.get("num_image_views") or len(cameras) + config.get("empty_cameras", 0)
-    actions = [feature["shape"][-1] for feature in outputs.values()]
     return Steps(
         cameras=tuple(renamed.get(key, key) for key in cameras) or CAMERAS,
         domain=found.get("xvla_add_domain_id", {}).get("domain_id", 0),
         state=widths[0] if widths else 0,
-        action=actions[0] if actions else 0,
         language_tokens=words.get("max_length", config.get("tokenizer_max_length", 64)),
         tokenizer=words.get("tokenizer_name", config.get("tokenizer_name", TOKENIZER)),
         num_views=max(views, len(cameras)) or len(CAMERAS),

@@ -353,14 +353,14 @@ def test_published_domains():
     places |= {"robomind-franka": 11, "robomind-ur": 12, "Droid-Left": 13, "Droid-Right": 14, "AGIBOT": 15}
     places |= {"robomind-agilex": 16, "robomind-franka-dual": 17, "AIRBOT": 18, "agiworld-pack": 20}
     assert {name: names.index(name) for name in places} == places and len(set(names)) == 30
-    seconds = {"Bridge": 5, "RT1": 10, "Calvin": 1, "libero": 1, "AIR-AGILEX": 2, "Droid-Left": 4, "AGIBOT": 4}
+    seconds = {"Bridge": 5, "RT1": 10, "Calvin": 1, "libero": 1, "AIR-AGILEX-HQ": 2, "Droid-Left": 4, "AGIBOT": 4}
     robots = {robot.domain: robot for robot in x_vla_robots.ROBOTS}
     for name, duration in seconds.items():
         robot = x_vla_robots.embodiment_of(robots[name], names, 30)
         assert robot.control_frequency == 30 / duration and robot.domain == names.index(name)
         assert robot.model_rot6d == ("columns" if name == "libero" else "interleaved")
     assert {name for name, robot in robots.items() if robot.arms == 2} == {
-        *("AIR-AGILEX-HQ", "robotwin2", "AGIBOT-challenge", "AIR-AGILEX", "AGIBOT"),
+        *("AIR-AGILEX-HQ", "robotwin2", "AGIBOT-challenge", "AGIBOT"),
         *("robomind-agilex", "robomind-franka-dual"),
     }
     assert x_vla_robots.domain_names(4, False) == ["domain_0", "domain_1", "domain_2", "domain_3"]
