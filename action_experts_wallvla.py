@@ -166,7 +166,7 @@ class MoTActionExpert(nn.Module):
         self.state_in_proj = None
         if config.proprioception == "expert":
             self.state_in_proj = nn.Linear(2 * config.state_dim, expert.hidden_size, bias=False)
-        layer = MOT_LAYERS[config.vlm_config.text_config.model_type]
+        layer = MOT_LAYERS[type(config.vlm_config.text_config).model_type]
         self.layers = nn.ModuleList(layer(expert, i) for i in range(expert.num_hidden_layers))
         self.norm = Qwen2RMSNorm(expert.hidden_size, eps=expert.rms_norm_eps)
         if config.norm_in_float32:

@@ -16,14 +16,11 @@ AUTO_MAP = {
 
 
 class ActionExpertConfig(PreTrainedConfig):
-    """What every action expert has; `kind` tells which one it is. See `action_experts_wallvla`."""
+    """What every action expert has: `kind` says which it is (`action_experts_wallvla`), and `bind(config)` fills in
+    and checks what depends on the rest of the model, with a ValueError where the two do not fit."""
 
     model_type = "wallvla_action_expert"
     base_config_key = "action_expert"
-
-    def bind(self, config: "WallVLAConfig") -> None:
-        """Fills in and checks what depends on the rest of the model. Raises ValueError where it does not fit."""
-        raise NotImplementedError
 
 
 @strict
@@ -62,10 +59,11 @@ class MoTExpertConfig(ActionExpertConfig):
 
     def bind(self, config: "WallVLAConfig") -> None:
         text = config.vlm_config.text_config
-        if text.model_type not in MOT_TEXT_MODELS:
+        # Of the class: published files write another one into the instance
+        if type(text).model_type not in MOT_TEXT_MODELS:
             raise ValueError(
-                f"A mot expert shares the attention of every VL layer, which {text.model_type} does not offer: use "
-                f"one of {', '.join(MOT_TEXT_MODELS)}, or an expert of another kind."
+                f"A mot expert shares the attention of every VL layer, which {type(text).model_type} does not offer: "
+                f"use one of {', '.join(MOT_TEXT_MODELS)}, or an expert of another kind."
             )
         values = text.to_dict()
         if "sliding_attention" in (values.get("layer_types") or ()):

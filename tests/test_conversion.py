@@ -696,5 +696,5 @@ def test_two_resizes_are_not_one(converted):
         assert processor.resized_size(size) == last
         two = np.asarray(picture.resize(first).resize(last, Image.Resampling.BICUBIC)).astype(int)
         one = np.asarray(picture.resize(last, Image.Resampling.BICUBIC)).astype(int)
-        assert np.array_equal(processor._resized(picture), two)
+        assert np.array_equal(processor._resized(np.asarray(picture)), two)
         assert (np.abs(two - one).mean() > 0.01) == (first != last)

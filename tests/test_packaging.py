@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PYPROJECT["tool"]["setuptools"]["packages"]
 
-MODEL = {"configuration_wallvla", "flow_matching_wallvla", "ops_wallvla", "modeling_wallvla"}
+FORMULAS = {"configuration_wallvla", "flow_matching_wallvla", "ops_wallvla"}
+EXPERTS = {"vl_experts_wallvla", "action_experts_wallvla"}
+MODEL = FORMULAS | EXPERTS | {"modeling_wallvla"}
 # Room -> the rooms that it may import: the layout table of the design. Arrows point one way, so there are no cycles.
 MAY_IMPORT = {
     "configuration_wallvla": set(),
@@ -31,7 +33,9 @@ MAY_IMPORT = {
     "flow_matching_wallvla": set(),
     "ops_wallvla": set(),
     "grounding_wallvla": set(),
-    "modeling_wallvla": MODEL - {"modeling_wallvla"},
+    "vl_experts_wallvla": set(),
+    "action_experts_wallvla": {"configuration_wallvla", "ops_wallvla", "vl_experts_wallvla"},
+    "modeling_wallvla": FORMULAS | EXPERTS,
     "action_codec_wallvla": set(),
     "baseline_codecs_wallvla": {"action_codec_wallvla"},
     "images_wallvla": set(),
