@@ -21,7 +21,9 @@ def heads_of(model: WallVLAForConditionalGeneration) -> list[str]:
     names = []
     for name, module in model.action_expert.named_children():
         if name in model.action_expert.fp32_modules:
-            parts = [f"{name}.{index}" for index in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
+            parts = (
+                [f"{name}.{index}" for index in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
+            )
             names += [f"action_expert.{part}" for part in parts]  # PEFT wraps no lists
     return names
 
