@@ -41,7 +41,7 @@ from wallvla.trainers.fine_tuning import FineTuningArguments, fine_tune
 from wallvla.trainers.parameter_groups import DOMAIN_PARTS, parts_of
 
 
-HORIZON, IMAGE_SIZE, MAX_STEPS = 8, 64, 200
+HORIZON, IMAGE_SIZE, MAX_STEPS = 8, 64, 150
 CAMERA = "observation.images.front"
 HELD_OUT, HELD_OUT_SEED = 4, 90_000  # demonstrations of each robot that no policy is trained on
 
@@ -89,16 +89,14 @@ BACKBONE = ["vision", "vlm", "action_expert", "heads"]
 LORA = {"adapter_rank": 1, "adapter_alpha": 2, "adapter_experts": ["vision", "vlm", "action_expert"]}
 # Start of the new domain, and more options of `wallvla train`; `None`: an untrained model
 ARMS = {
-    "from scratch": (None, {}, {}),
+    "two steps": ("random", {}, {"two_steps": True}),
     "random": ("random", {}, {}),
     "copied": ("copy:front", {}, {}),
     "mean": ("mean", {}, {}),
-    "two steps": ("random", {}, {"two_steps": True}),
-    "domain alone": ("mean", {}, {"freeze": BACKBONE, "learning_rate": 3e-3}),
     "LoRA": ("mean", LORA, {"learning_rate": 3e-3}),
+    "from scratch": (None, {}, {}),
+    "domain alone": ("mean", {}, {"freeze": BACKBONE, "learning_rate": 3e-3}),
 }
-
-
 REFERENCE = "random"
 
 
