@@ -176,7 +176,7 @@ class WallVLAProcessor(ProcessorMixin):
         return self._action_tokens.config(self.embodiments.values())
 
     def check_model(self, config) -> None:
-        """Raises ValueError unless the model of `config` knows our tokens and was trained with our codec."""
+        """Raises ValueError unless the model of `config` has our tokens and domains and was trained with our codec."""
         rows = config.vlm_config.get_text_config().vocab_size
         # The image token is replaced before it is embedded; in Florence-2 it lies behind the table
         last = max(index for index in self.tokenizer.get_vocab().values() if index != self.image_token_id)
@@ -184,6 +184,15 @@ class WallVLAProcessor(ProcessorMixin):
             raise ValueError(
                 f"Found token id {last} in the tokenizer and {rows} rows in the model's embeddings. Resize them "
                 f"(`model.vlm.resize_token_embeddings`), or build the model with this vocab_size."
+            )
+        beyond = {
+            name: robot.domain for name, robot in self.embodiments.items() if robot.domain >= len(config.domains)
+        }
+        if config.domains and beyond:
+            raise ValueError(
+                f"Found the domains {beyond} in robots, and the model has {len(config.domains)}: "
+                f"{', '.join(config.domains)}. Correct `domain`, or give the model one more "
+                "(`model.add_domain`, `wallvla train --add-domain`)."
             )
         ours = None if self.action_codec is None else self.action_codec.fingerprint()
         _check_fingerprints(ours, config.action_codec_fingerprint, "processor", "model")

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +157,14 @@ def test_two_steps_that_cannot_be(processor, tmp_path):
         adapting_trainer(processor, tmp_path, adaptation_steps=-1)
 
 
+def test_a_domain_that_the_model_lacks(processor, tmp_path):
+    """Before training, by name; on a device it would be an assertion of a kernel."""
+    robot = replace(processor.embodiments[EMBODIMENT], domain=3)
+    other = build_processor(QuickstartConfig(image_size=SIZE), robot, proprioception="expert", state_dim=4)
+    with pytest.raises(ValueError, match="metaworld_sawyer': 3.* the model has 3: first, second, third"):
+        make_trainer(other, tmp_path, model=soft_prompt_model(other))
+
+
 # --- parts
 
 
@@ -300,6 +309,15 @@ def test_one_command_adds_a_robot(folder, tmp_path):
             assert 0 < (ours[name][3] - value[1]).abs().max() < 0.01  # it started there, and has learned
         else:
             assert torch.equal(ours[name], value), name
+
+
+def test_the_example_runs(folder, tmp_path):
+    """Its options are real ones; steps and sizes are made small, and float32 where the CPU has nothing else."""
+    example = Path(cli.__file__).parent / "examples" / "train_adapt_domain.yaml"
+    options = {"config": example, "dataset": folder / "data", "embodiment_file": folder / "robot.json"}
+    options |= {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
+    model, processor = adapt(folder, tmp_path / "run", **options)
+    assert list(model.config.domains)[3] == "my_robot" and processor.embodiments["my_robot"].domain == 3
 
 
 def test_a_mixture_gives_the_domain_to_the_robot_of_its_name(folder, tmp_path):
