@@ -17,6 +17,7 @@ EXAMPLES = {
     "compose": "wallvla compose Qwen/Qwen3.5-4B ./qwen-vla --system qwen_vla",
     "convert": "wallvla convert x-square-robot/wall-oss-0.5 ./wall-oss --dtype bfloat16",
     "inspect": "wallvla inspect ./wall-oss",
+    "plot-domains": "wallvla plot-domains x-vla --output domains.png",
     "export": "wallvla export ./wall-oss ./wall-oss-published",
     "data inspect": "wallvla data inspect runs/quickstart/dataset --images 4",
     "data bridge": "wallvla data bridge runs/quickstart/hub --env metaworld/drawer-open-v3 --output bridge.parquet",
@@ -43,6 +44,7 @@ SUMMARIES = {
     "compose": "a pretrained VLM and a new action expert: where Qwen-VLA and the MoT testbed start",
     "convert": "a published checkpoint becomes a repository of this layout: every tensor accounted for, or nothing",
     "inspect": "what a checkpoint is: family, parameters, robots, tokens; reads no weights",
+    "plot-domains": "the learned prompts of a checkpoint's domains, on their principal axes",
     "export": "back to the published layout",
     "data inspect": "what a LeRobot dataset holds, and what is wrong with it",
     "data bridge": "questions about the robot's own view, from a simulator or a LeRobot dataset",
@@ -322,6 +324,21 @@ def _inspect(arguments: list[str]) -> None:
 
     found = inspect(options.path)
     print(json.dumps(found, indent=2) if options.json else inspection_text(found))
+
+
+def _plot_domains(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "plot-domains")
+    parser.add_argument("path", help="checkpoint whose domains have prompts: a folder or a Hub id")
+    parser.add_argument("--output", default="domains.png", help="picture to write")
+    options = parser.parse_args(_read_config(parser, arguments))
+    from transformers import AutoModel
+
+    from . import register_auto_classes
+    from .evaluation.plots import plot_domains
+
+    register_auto_classes()
+    tokens = AutoModel.from_pretrained(options.path).domain_tokens()
+    print(f"wrote {plot_domains(tokens, options.output)}: {', '.join(tokens)}")
 
 
 def _export(arguments: list[str]) -> None:
@@ -697,6 +714,7 @@ COMMANDS = {
     "compose": _compose,
     "convert": _convert,
     "inspect": _inspect,
+    "plot-domains": _plot_domains,
     "export": _export,
     "data inspect": _data_inspect,
     "data clean": _data_clean,

@@ -11,13 +11,14 @@ Shapes: B samples, S prefix tokens (left padded), H action steps, D action chann
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .action_experts_wallvla import ACTION_EXPERTS, PerDomain, init_expert_weights, norm_in_float32
+from .action_experts_wallvla import ACTION_EXPERTS, DomainTokens, PerDomain, init_expert_weights, norm_in_float32
 from .configuration_wallvla import WallVLAConfig
 from .flow_matching_wallvla import (
     action_from_velocity,
@@ -471,6 +472,18 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             table.add_row(row, self.config.initializer_range if kind == "random" else 0.0, generator)
         self.config.domains = [*domains, name]
         return len(domains)
+
+    def domain_tokens(self) -> dict[str, np.ndarray]:
+        """The learned tokens of each domain by its name, (tokens, width) float32.
+
+        Raises:
+            ValueError: domains of this model have no tokens.
+        """
+        tables = [each.tokens for each in self.modules() if isinstance(each, DomainTokens) and not each.is_shared]
+        if not tables or not self.config.domains:
+            raise ValueError("Found no learned tokens of domains in this model: its action expert has none.")
+        rows = torch.cat([table.detach().float() for table in tables], dim=1).cpu().numpy()
+        return dict(zip(self.config.domains, rows, strict=True))
 
     def generate(self, *args, **kwargs) -> Tensor:
         """Generates text with the VL expert; takes what `GenerationMixin.generate` takes."""

@@ -178,7 +178,7 @@ class WallVLAProcessor(ProcessorMixin):
         return self._action_tokens.config(self.embodiments.values())
 
     def check_model(self, config) -> None:
-        """Raises ValueError unless the model of `config` has our tokens, reads our states and knows our codec."""
+        """Raises ValueError unless the model of `config` has our tokens, states, domains and codec."""
         rows = config.vlm_config.get_text_config().vocab_size
         # The image token is replaced before it is embedded; in Florence-2 it lies behind the table
         last = max(index for index in self.tokenizer.get_vocab().values() if index != self.image_token_id)
@@ -192,6 +192,15 @@ class WallVLAProcessor(ProcessorMixin):
             raise ValueError(
                 f"Found proprioception {self.proprioception!r} in the processor and {config.proprioception!r} in the "
                 f"model. Where the model reads the state, both have to say so."
+            )
+        beyond = {
+            name: robot.domain for name, robot in self.embodiments.items() if robot.domain >= len(config.domains)
+        }
+        if config.domains and beyond:
+            raise ValueError(
+                f"Found the domains {beyond} in robots, and the model has {len(config.domains)}: "
+                f"{', '.join(config.domains)}. Correct `domain`, or give the model one more "
+                "(`model.add_domain`, `wallvla train --add-domain`)."
             )
         ours = None if self.action_codec is None else self.action_codec.fingerprint()
         _check_fingerprints(ours, config.action_codec_fingerprint, "processor", "model")
