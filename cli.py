@@ -540,6 +540,12 @@ def _serve(arguments: list[str]) -> None:
     parser.add_argument("--fp8", action="store_true", help="with --engine and --dtype bfloat16: products in FP8")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, with the seeds of episodes")
     parser.add_argument("--max-batch", type=int, default=16, help="requests in one call of the model")
+    parser.add_argument(
+        "--warm-up-batches", type=int, nargs="+", help="calls before the first request; default: 1 and --max-batch"
+    )
+    parser.add_argument(
+        "--warm-up-image", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), default=(224, 224), help="of their frames"
+    )
     parser.add_argument("--batch-window-ms", type=float, default=5.0, help="how long a request may wait for others")
     parser.add_argument("--max-connections", type=int, default=64)
     parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
