@@ -20,6 +20,7 @@ EXAMPLES = {
     "data inspect": "wallvla data inspect runs/quickstart/dataset --images 4",
     "data bridge": "wallvla data bridge runs/quickstart/hub --env metaworld/drawer-open-v3 --output bridge.parquet",
     "data clean": "wallvla data clean runs/quickstart/dataset --output clean.json --dry-run",
+    "data text-actions": "wallvla data text-actions --output runs/text-actions --trajectories 1000 --workers 2",
     "serve": "wallvla serve runs/quickstart/hub --port 8000 --record runs/served",
     "replay": "wallvla replay runs/eval-hub --task drawer-open-v3 --seed 1000007",
     "report": "wallvla report runs/eval-a runs/eval-b --reference wall-oss-0.5",
@@ -44,6 +45,7 @@ SUMMARIES = {
     "data inspect": "what a LeRobot dataset holds, and what is wrong with it",
     "data bridge": "questions about the robot's own view, from a simulator or a LeRobot dataset",
     "data clean": "which frames of a LeRobot dataset to train on; the dataset itself is not changed",
+    "data text-actions": "sentences and the motions of an arm that they say, without images",
     "serve": "policy server for robots; openpi's client can talk to it",
     "replay": "run an episode of an evaluation again from its seed, with a video, and check that it goes the same way",
     "report": "a report of one evaluation, or of two side by side with tests (HTML, Markdown, JSON)",
@@ -444,6 +446,29 @@ def _recorded_frames(options: argparse.Namespace, processor):
         yield from frames_of_episode(dataset, position, robot, cameras, stride=options.every)
 
 
+def _data_text_actions(arguments: list[str]) -> None:
+    from .data.text_actions import ARMS, format_report, generate
+
+    parser = _finish(argparse.ArgumentParser(), "data text-actions")
+    parser.add_argument("--output", required=True, help="folder to create; the same command resumes")
+    parser.add_argument("--trajectories", type=int, default=1200, help="of each arm; six templates take turns")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="a dataset for each")
+    parser.add_argument("--workers", type=int, default=1, help="processes; the data do not depend on it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--action-horizon", type=int, default=64, help="steps of a chunk, in the embodiment files")
+    options = parser.parse_args(_read_config(parser, arguments))
+    report = generate(
+        options.output,
+        trajectories=options.trajectories,
+        arms=options.arms,
+        workers=options.workers,
+        seed=options.seed,
+        action_horizon=options.action_horizon,
+    )
+    print(format_report(report))
+    print(f"wrote {options.output}; report.json counts the tasks that were out of reach")
+
+
 def _serve(arguments: list[str]) -> None:
     parser = _finish(argparse.ArgumentParser(), "serve")
     parser.add_argument("path", nargs="+", help="checkpoint folders or Hub ids; NAME=PATH serves one at /NAME")
@@ -644,6 +669,7 @@ COMMANDS = {
     "data inspect": _data_inspect,
     "data clean": _data_clean,
     "data bridge": _data_bridge,
+    "data text-actions": _data_text_actions,
     "serve": _serve,
     "replay": _evaluation_command("replay"),
     "report": _evaluation_command("report"),

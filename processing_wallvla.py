@@ -444,7 +444,7 @@ class WallVLAProcessor(ProcessorMixin):
         if images is not None and not isinstance(images, dict):
             raise ValueError(
                 f"Found images of type {type(images).__name__} in sample {index}. A robot's images are given by "
-                f"camera: {{{next(iter(embodiment.cameras))!r}: image, ...}}."
+                f"camera: {{{next(iter(embodiment.cameras), 'camera')!r}: image, ...}}."
             )
         given = {short_camera_key(key): image for key, image in (images or {}).items()}
         cameras = self._cameras(sample)
@@ -462,7 +462,7 @@ class WallVLAProcessor(ProcessorMixin):
         cameras = self._robot(sample).cameras
         dropped = {short_camera_key(key) for key in sample.get("dropped_cameras", ())}
         kept = {key: label for key, label in cameras.items() if short_camera_key(key) not in dropped}
-        if len(kept) < self.prompt_format.fewest_views:
+        if cameras and len(kept) < self.prompt_format.fewest_views:
             raise ValueError(
                 f"Found dropped_cameras {', '.join(sorted(dropped))}: {len(kept) or 'no'} camera is left. Keep at "
                 f"least {self.prompt_format.fewest_views}."
