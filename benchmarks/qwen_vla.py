@@ -30,6 +30,7 @@ from transformers import set_seed
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.trainer_utils import get_last_checkpoint
 
+from wallvla import register_auto_classes
 from wallvla.action_space_wallvla import Embodiment
 from wallvla.configuration_wallvla import WallVLAConfig
 from wallvla.data.collator import Collator
@@ -541,11 +542,10 @@ def machine() -> dict:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )
-    cpu = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "machine": f"{cpu[0] if cpu else platform.processor()}, {torch.get_num_threads()} thread(s)",
+        "machine": f"{names[0]}, {torch.get_num_threads()} thread(s)",
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip(),
@@ -732,6 +732,7 @@ def main() -> None:
     options = Options(given.run, given.more, given.generated, given.output, tasks=tuple(given.tasks), **sizes)
     check_sizes(options)
     torch.set_num_threads(1)
+    register_auto_classes()
     for seed in given.seeds:
         for name in given.arms:
             result = run_arm(options, name, seed)
