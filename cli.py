@@ -14,6 +14,7 @@ EXAMPLES = {
     "eval": "wallvla eval runs/quickstart/hub --env metaworld/button-press-topdown-v3 --episodes 50",
     "sample": "wallvla sample runs/quickstart/hub --dataset runs/quickstart/dataset --index 100",
     "stats": "wallvla stats runs/quickstart/dataset --output robot.json",
+    "compose": "wallvla compose Qwen/Qwen3.5-4B ./qwen-vla --system qwen_vla",
     "convert": "wallvla convert x-square-robot/wall-oss-0.5 ./wall-oss --dtype bfloat16",
     "inspect": "wallvla inspect ./wall-oss",
     "export": "wallvla export ./wall-oss ./wall-oss-published",
@@ -39,6 +40,7 @@ SUMMARIES = {
     "eval": "success rate of a checkpoint in a simulator, with 95% intervals",
     "sample": "one action chunk for a recorded observation, or the answer to a question about an image",
     "stats": "normalisation statistics of a dataset, as an embodiment file",
+    "compose": "a pretrained VLM and a new action expert: where Qwen-VLA and the MoT testbed start",
     "convert": "a published checkpoint becomes a repository of this layout: every tensor accounted for, or nothing",
     "inspect": "what a checkpoint is: family, parameters, robots, tokens; reads no weights",
     "export": "back to the published Wall-OSS layout",
@@ -280,6 +282,34 @@ def _convert(arguments: list[str]) -> None:
     for note in report["notes"]:
         print(f"note: {note}")
     print(f"wrote {output}; conversion_report.txt says where every tensor went")
+
+
+def _compose(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "compose")
+    parser.add_argument("vlm", help="pretrained VLM: a folder or a Hub id")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument("--system", choices=["qwen_vla", "mot_testbed", "x_vla"], required=True)
+    parser.add_argument(
+        "--embodiment",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a robot, a JSON file that describes it; more can be added in training",
+    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights")
+    parser.add_argument("--seed", type=int, default=0, help="of the action expert")
+    options = parser.parse_args(_read_config(parser, arguments))
+    unnamed = [text for text in options.embodiment if "=" not in text]
+    if unnamed:
+        parser.error(f"--embodiment {unnamed[0]}: write NAME=FILE")
+    robots = dict(text.split("=", 1) for text in options.embodiment)
+    import torch
+
+    from .conversion import compose
+
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
+    compose(options.vlm, options.output, options.system, robots, dtype, options.seed)
+    print(f"wrote {options.output}; its action expert is random: train it (wallvla train --model {options.output})")
 
 
 def _inspect(arguments: list[str]) -> None:
@@ -663,6 +693,7 @@ COMMANDS = {
     "eval": _evaluation_command("eval"),
     "sample": _sample,
     "stats": _stats,
+    "compose": _compose,
     "convert": _convert,
     "inspect": _inspect,
     "export": _export,
