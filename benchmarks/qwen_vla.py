@@ -52,7 +52,7 @@ from wallvla.trainers.co_training_config import CoTrainingConfig
 from wallvla.trainers.co_training_trainer import CoTrainingTrainer
 
 
-HORIZON, CHANNELS, BATCH_SIZE, LEARNING_RATE = 16, 8, 32, 1e-3
+HORIZON, CHANNELS, BATCH_SIZE, LEARNING_RATE = 16, 8, 24, 1e-3
 EXECUTED = 8  # steps of a chunk, the rest is predicted again
 TASKS = ("button-press-topdown-v3", "window-close-v3", "drawer-open-v3")
 BODY, OTHER, BLIND = "sawyer", "other", "sawyer_blind"
@@ -248,10 +248,12 @@ def make_processor(options: Options, proprioception: str) -> WallVLAProcessor:
     tokenizer = build_tokenizer(QuickstartConfig())
     phrases = [
         "user\nThe robot is",
+        " Sawyer",
+        " other",
         " with single arm. The control frequency is",
         " Hz. Please predict the next",
-        " control actions to execute the following task: ",
-        "state: [",
+        " control actions to execute the following task:",
+        " state: [",
     ]
     numbers = [AddedToken(str(number), lstrip=True, normalized=False) for number in range(100, 256)]
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases] + numbers)
@@ -272,7 +274,7 @@ def make_processor(options: Options, proprioception: str) -> WallVLAProcessor:
 
 
 def make_model(processor: WallVLAProcessor, arm: Arm, seed: int) -> WallVLAForConditionalGeneration:
-    """A tiny Qwen2.5-VL and a `dit` of four blocks, random by `seed`."""
+    """A tiny Qwen2.5-VL and a `dit` of three blocks, random by `seed`."""
     tokenizer = processor.tokenizer
     config = WallVLAConfig.tiny(
         vocab_size=-(-len(tokenizer) // 64) * 64,
@@ -280,11 +282,11 @@ def make_model(processor: WallVLAProcessor, arm: Arm, seed: int) -> WallVLAForCo
             "kind": "dit",
             "action_projection": arm.projection,
             "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "mrope_section": [4, 6, 6],
-            "time_dim": 64,
+            "time_dim": 128,
         },
         action_dim=CHANNELS,
         action_horizon=HORIZON,
