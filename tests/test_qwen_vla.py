@@ -65,8 +65,8 @@ ROBOTS = {
     "blind_arm": robot(7, 16, "Franka", ()),
 }
 TEXTS = [
-    "The robot is Franka with single arm. The control frequency is 10 Hz. Please predict the next 16 control actions to "
-    "execute the following task: pick up the red cup."
+    "The robot is Franka with single arm. The control frequency is 10 Hz. Please predict the next 16 control actions "
+    "to execute the following task: pick up the red cup."
 ]
 CHAT = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 
