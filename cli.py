@@ -43,7 +43,7 @@ SUMMARIES = {
     "compose": "a pretrained VLM and a new action expert: where Qwen-VLA and the MoT testbed start",
     "convert": "a published checkpoint becomes a repository of this layout: every tensor accounted for, or nothing",
     "inspect": "what a checkpoint is: family, parameters, robots, tokens; reads no weights",
-    "export": "back to the published Wall-OSS layout",
+    "export": "back to the published layout",
     "data inspect": "what a LeRobot dataset holds, and what is wrong with it",
     "data bridge": "questions about the robot's own view, from a simulator or a LeRobot dataset",
     "data clean": "which frames of a LeRobot dataset to train on; the dataset itself is not changed",
@@ -268,6 +268,7 @@ def _convert(arguments: list[str]) -> None:
         "--tables", choices=["weights", "files"], help="which normalisers count where weights and .pth files disagree"
     )
     parser.add_argument("--action-tokens", type=int, default=0, help="discrete action tokens to add to a Qwen2.5-VL")
+    parser.add_argument("--tokenizer", help="folder or Hub id of the tokenizer of an X-VLA that has none")
     parser.add_argument("--seed", type=int, default=0, help="of the action expert that a Qwen2.5-VL does not have")
     options = vars(parser.parse_args(_read_config(parser, arguments)))
     from .conversion import Options, convert
@@ -718,7 +719,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `wallvla` command. Errors of the user's input end in one message and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<16}{SUMMARIES[name]}" for name in COMMANDS]
+        lines = [f"  {name:<18}{SUMMARIES[name]}" for name in COMMANDS]
         print("usage: wallvla COMMAND [options]\n\n" + "\n".join(lines) + "\n\nexample:\n  wallvla quickstart")
         print("\n`wallvla COMMAND --help` shows the options of a command and an example.")
         return

@@ -132,7 +132,6 @@ class PlannedArm:
         self.acceleration_limits = self.velocity_limits / FULL_SPEED_S
         x, z = spec.workspace.home
         goal = np.array([[x, 0.0, z]]), headings_to_rotations(np.zeros(1))
-        # Slowly from the seed, which is only nearby: many small goals would not help where the pose turns.
         home, solved = self.inverse(np.array([spec.seed]), *goal)
         if not solved[0]:
             raise ValueError(f"{spec.urdf} cannot reach its home x={x}, z={z} from seed {spec.seed}. Correct them.")

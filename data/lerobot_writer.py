@@ -182,8 +182,12 @@ class LeRobotWriter:
             feature = self.features[name]
             if array.shape[1:] != tuple(feature["shape"]):
                 raise ValueError(f"{name} has shape {array.shape}; it must be (frames, {feature['shape'][0]}).")
-            flat = feature | {"shape": [array.size]}
-            checked[name] = _checked_value(name, array.ravel(), flat, self._frames.count)
+            try:
+                checked[name] = _checked_value(name, array.ravel(), feature | {"shape": [array.size]}, 0)
+            except ValueError:
+                for number, row in enumerate(array, self._frames.count):  # the same error, about its frame alone
+                    _checked_value(name, row, feature, number)
+                raise
         for name, values in checked.items():
             self._frames.columns.setdefault(name, []).append(values)
         self._frames.count += next(iter(lengths.values()))[0]

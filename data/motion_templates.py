@@ -231,7 +231,7 @@ def _pick_place(draw: _Draw) -> str:
         target, source_text = source + move, words.place(source)
         sentence = draw.choose(
             (
-                f"Pick up the {thing} at {source_text} and place it {words.move(move)}",
+                f"Pick up the {thing} at {source_text} and place it {words.move(move)} from there",
                 f"Take the {thing} at {source_text} and set it down {words.move(move)} from there",
                 f"Grab the {thing} that is {source_text}, then put it {words.move(move)} from where it was",
             )
@@ -270,7 +270,7 @@ def _push(draw: _Draw) -> str:
     return draw.choose(
         (
             f"Push the {thing} at {place_text} by {move_text}",
-            f"Slide the {thing} at {place_text} {move_text}",
+            f"Slide the {thing} at {place_text} by {move_text}",
             f"Nudge the {thing} that is {place_text} until it has moved {move_text}",
         )
     )
@@ -293,7 +293,7 @@ def _pull(draw: _Draw) -> str:
     sentence = draw.choose(
         (
             f"Pull the {thing} at {place_text} by {move_text}",
-            f"Drag the {thing} at {place_text} {move_text} without lifting it",
+            f"Without lifting it, drag the {thing} at {place_text} by {move_text}",
             f"Grip the {thing} that is {place_text} and draw it {move_text} over the table",
         )
     )
@@ -309,7 +309,7 @@ def _rotate_place(draw: _Draw) -> str:
     place_text, move_text, turn = words.place(place), words.move(move), words.turn(degrees)
     return draw.choose(
         (
-            f"Pick up the {thing} at {place_text}, turn it {turn} and place it {move_text}",
+            f"Pick up the {thing} at {place_text}, turn it {turn} and place it {move_text} from there",
             f"Rotate the {thing} at {place_text} by {turn} while moving it {move_text}",
             f"Take the {thing} that is {place_text} and set it down {move_text} from there, rotated {turn}",
         )

@@ -286,9 +286,17 @@ def _begin(output: Path, plan: _Plan) -> Path:
 
 @contextmanager
 def _processes(workers: int):
-    """A pool of processes, or None for one worker, which is this process."""
+    """A pool of processes, or None for one worker, which is this process. All compute with one thread: the matrices
+    are small, and threads would only get in each other's way."""
+    import torch
+
     if workers == 1:
-        yield None
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield None
+        finally:
+            torch.set_num_threads(threads)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread)
     try:
@@ -317,7 +325,6 @@ def _run(pool, function: Callable, jobs: list[tuple], sizes: list[int], name: st
 
 
 def _one_thread():
-    """Workers share the cores between them: threads of each would only get in the others' way."""
     import torch
 
     torch.set_num_threads(1)
