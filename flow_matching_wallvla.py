@@ -135,11 +135,11 @@ def euler_step(noisy_actions: Tensor, velocity: Tensor, time: Tensor, next_time:
 #
 # Given a velocity field v, the path tau * a + (1 - tau) * eps has the posterior means
 #     a_hat = E[a | x_tau] = x + (1 - tau) v,      eps_hat = E[eps | x_tau] = x - tau v,
-# and an Euler step to any later time t lands at t a_hat + (1 - t) eps_hat. Go from tau to some t >= tau' > tau and come
-# back to tau': scale by tau' / t, so that the action has the coefficient tau', and add fresh Gaussian noise of the
-# variance s^2 = (1 - tau')^2 - (tau' / t)^2 (1 - t)^2 that the noise of the path then lacks. If x_t has the marginal of
-# time t, the result has the marginal of tau', whatever the distribution of the actions. With s = eta (1 - tau') both
-# moves together are the Gaussian transition
+# and an Euler step to any later time t lands at t a_hat + (1 - t) eps_hat. Go from tau to some t >= tau' > tau and
+# come back to tau': scale by tau' / t, so that the action has the coefficient tau', and add fresh Gaussian noise of
+# the variance s^2 = (1 - tau')^2 - (tau' / t)^2 (1 - t)^2 that the noise of the path then lacks. If x_t has the
+# marginal of time t, the result has the marginal of tau', whatever the distribution of the actions. With
+# s = eta (1 - tau') both moves together are the Gaussian transition
 #     mean = tau' a_hat + (1 - tau') sqrt(1 - eta^2) eps_hat,      std = eta (1 - tau'),
 # where t = tau' / (tau' + (1 - tau') sqrt(1 - eta^2)). eta = 0 is Euler's step, eta = 1 (t = 1) redraws all noise that
 # is left. No time is singular, and after a step of any size the marginal is off by no more than Euler's own error.
