@@ -482,18 +482,20 @@ def test_training_goes_on_when_workers_are_killed(processor, tmp_path):
 def test_it_learns(processor, tmp_path):
     """From a random policy, by success alone: the goal is on one of two sides, and only the state says which."""
     options = {
-        "iterations": 25,
+        "iterations": 24,
         "episodes": 48,
         "execute_steps": 1,
         "batch_size": 48,
-        "learning_rate": 1e-3,
-        "save_steps": 100,
+        "learning_rate": 2e-4,
+        "noise_level": 0.7,
         "num_inference_steps": 3,
+        "save_steps": 100,
     }
     with RolloutPool(rollout_spec([LINE], ["front"], 16, max_steps=3), 1, 48) as pool:
         make_trainer(processor, tmp_path, pool, **options).train()
     success = [line["success"] for line in lines(tmp_path / "metrics.jsonl")]
-    assert np.mean(success[-5:]) > np.mean(success[:3]) + 0.3
+    assert np.mean(success[-5:]) > np.mean(success[:5]) + 0.2
+    assert np.mean(success[-5:]) > 0.5, "more than one side"
 
 
 def test_options_that_cannot_be_meant_are_refused(processor, tmp_path, capsys):
