@@ -15,7 +15,9 @@ _DEFINED_IN = {
     "FASTActionCodec": "baseline_codecs_wallvla",
     "WallVLAActionCodec": "action_codec_wallvla",
     "WallVLAActionCodecConfig": "action_codec_wallvla",
-    "WallVLAActionExpertConfig": "configuration_wallvla",
+    "DiTExpertConfig": "configuration_wallvla",
+    "MoTExpertConfig": "configuration_wallvla",
+    "SoftPromptExpertConfig": "configuration_wallvla",
     "WallVLAConfig": "configuration_wallvla",
     "WallVLAForConditionalGeneration": "modeling_wallvla",
     "WallVLAOutput": "modeling_wallvla",
@@ -28,7 +30,9 @@ __all__ = [
     "FASTActionCodec",
     "WallVLAActionCodec",
     "WallVLAActionCodecConfig",
-    "WallVLAActionExpertConfig",
+    "DiTExpertConfig",
+    "MoTExpertConfig",
+    "SoftPromptExpertConfig",
     "WallVLAConfig",
     "WallVLAForConditionalGeneration",
     "WallVLAOutput",
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
     from .action_codec_wallvla import WallVLAActionCodec, WallVLAActionCodecConfig
     from .action_space_wallvla import Embodiment
     from .baseline_codecs_wallvla import BinningActionCodec, FASTActionCodec
-    from .configuration_wallvla import WallVLAActionExpertConfig, WallVLAConfig
+    from .configuration_wallvla import DiTExpertConfig, MoTExpertConfig, SoftPromptExpertConfig, WallVLAConfig
     from .modeling_wallvla import WallVLAForConditionalGeneration, WallVLAOutput
     from .processing_wallvla import WallVLAProcessor
 

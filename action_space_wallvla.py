@@ -56,6 +56,32 @@ CANONICAL_LAYOUT = (
 )
 CANONICAL_DIM = 26
 
+# The unified space of "Rethinking VLA scaling" (equation 3): end effectors, joints, grippers, hands and the rest, so
+# that robots of all kinds share one space. The paper gives no sizes; these are ours. A rotation is axis-angle here.
+UNIFIED_LAYOUT = (
+    ("left_ee_position", 3),
+    ("left_ee_rotation", 3),
+    ("right_ee_position", 3),
+    ("right_ee_rotation", 3),
+    ("left_joints", 7),
+    ("right_joints", 7),
+    ("left_gripper", 1),
+    ("right_gripper", 1),
+    ("left_hand", 12),
+    ("right_hand", 12),
+    ("base_velocity", 3),
+    ("lift", 1),
+    ("head", 2),
+    ("waist", 3),
+)
+UNIFIED_DIM = 61
+SLOTS = {"canonical": CANONICAL_LAYOUT, "unified": UNIFIED_LAYOUT}
+# Of these parts a robot may have fewer numbers than there are channels; it fills the first ones.
+ROOMY_PARTS = ("left_joints", "right_joints", "left_hand", "right_hand", "head", "waist")
+
+ROT6D_LAYOUTS = ("rows", "columns", "interleaved")
+NORMALIZATIONS = ("quantiles", "none")
+
 # Channels whose q99 - q01 is below this get range 1: dividing by it would blow sensor noise up to the full [-1, 1].
 MIN_RANGE = 1e-5
 QUANTILES = ("q01", "q99")
@@ -96,12 +122,14 @@ class Embodiment:
 
     Robot vectors are described by layouts, ordered lists of [part, width]. Parts: `left_ee_position` (3),
     `left_ee_rotation` (width of `rotation_format`), `left_gripper` (1), the same for `right`, `base_velocity` (3),
-    `lift` (1), `head` (2). Named parts go to fixed channels of the canonical action (CANONICAL_LAYOUT), rotations as
-    rot6d. A layout of the single part `native` (any width) is used as it is, in the model's first channels.
-    State layouts may also hold parts `unused`, which the model never sees.
+    `lift` (1), `head` (2); with `slots` "unified" also `left_joints` (1 to 7), `left_hand` (1 to 12), the same for
+    `right`, `waist` (1 to 3), and `head` (1 or 2). Named parts go to fixed channels of the model (CANONICAL_LAYOUT:
+    rotations as rot6d; UNIFIED_LAYOUT: as axis-angle). A layout of the single part `native` (any width) is used as it
+    is, in the model's first channels. State layouts may also hold parts `unused`, which the model never sees.
 
     Args:
         cameras: dataset key -> spoken label, in the order of the prompt: {"observation.images.front": "front view"}.
+            Empty: the model sees no image of this robot (text-to-action).
             Its JSON form is a list of pairs, because transformers sorts the keys of the dictionaries that it saves.
         control_frequency: action steps per second.
         action_horizon: action steps of a chunk, at most the model's.
@@ -123,6 +151,13 @@ class Embodiment:
         domain: index of the soft prompt, for models that have them.
         state_padding, action_padding: what the model sees in its channels that the robot lacks: one normalised number
             for each channel of the model (those of the robot's own channels are not used). Empty: 0.
+        slots: "canonical" or "unified": which channels of the model the named parts fill.
+        model_rot6d: which six entries of a rotation the model sees in canonical slots; see `rot6d_to_matrix`. X-VLA
+            has "columns" for LIBERO and "interleaved" for its other robots.
+        normalization: "quantiles", or "none" for models that see metres and rot6d as they are (X-VLA); then
+            `statistics` are not needed.
+        robot_tag, arms, waist, mobile_base: what prompts say of the robot: its name; 1 or 2 arms, 0 for one that
+            navigates; whether it has a waist or a mobile base that the policy moves.
         client_keys: what robots call their observations when they ask a policy server: ordered pairs of the client's
             key and what it holds, which is a key of `cameras`, "state" or "instruction". Several keys of "state" are
             joined in this order. Empty: see `observation_keys`.
@@ -146,6 +181,13 @@ class Embodiment:
     world_axes: tuple = ("x", "y", "z")
     tool_axes: tuple = ("x", "y", "z")
     client_keys: tuple = ()
+    slots: str = "canonical"
+    model_rot6d: str = "rows"
+    normalization: str = "quantiles"
+    robot_tag: str = ""
+    arms: int = 1
+    waist: bool = False
+    mobile_base: bool = False
 
     @classmethod
     def from_dict(cls, values: dict) -> "Embodiment":
@@ -207,8 +249,6 @@ class Embodiment:
             object.__setattr__(self, "statistics", self._checked_statistics(self.statistics))
 
     def _check_scalars(self):
-        if not self.cameras:
-            raise ValueError("Found no cameras. An embodiment names at least one: {dataset key: spoken label}.")
         short = [short_camera_key(key) for key in self.cameras]
         if len(set(short)) < len(short):
             raise ValueError(
@@ -226,6 +266,11 @@ class Embodiment:
             if not all(-1 <= value <= 1 for value in values):
                 raise ValueError(f"Found {name}_padding {values}. It is normalised: every number in [-1, 1].")
         rotation_functions(self.rotation_format)
+        for name, known in (("slots", SLOTS), ("model_rot6d", ROT6D_LAYOUTS), ("normalization", NORMALIZATIONS)):
+            if vars(self)[name] not in known:
+                raise ValueError(f"Found {name} {vars(self)[name]!r}. Known: {', '.join(known)}.")
+        if self.arms not in (0, 1, 2):
+            raise ValueError(f"Found {self.arms!r} arms. A robot has 1 or 2, or 0 if it navigates.")
         if self.reference_frame not in REFERENCE_FRAMES + JOINT_FRAMES:
             known = ", ".join(REFERENCE_FRAMES + JOINT_FRAMES)
             raise ValueError(f"Found reference_frame {self.reference_frame!r}. Known: {known}.")
@@ -264,7 +309,8 @@ class Embodiment:
         return (*((camera, camera) for camera in self.cameras), *state, ("prompt", "instruction"))
 
     def _check_layout(self, layout: tuple, name: str):
-        widths = dict(CANONICAL_LAYOUT)
+        widths = dict(SLOTS[self.slots])
+        roomy = ROOMY_PARTS if self.slots == "unified" else ()
         rotation_width = ROTATION_FORMATS[self.rotation_format][0]
         widths.update(left_ee_rotation=rotation_width, right_ee_rotation=rotation_width)
         parts = [part for part, _ in layout if part != "unused"]
@@ -274,9 +320,11 @@ class Embodiment:
                     f"Found part {part!r} in {name}. Known: {', '.join(widths)}, native (a robot that fits none of "
                     f"these)" + (", unused." if name == "state_layout" else ".")
                 )
-            if width != widths.get(part, width) or width < 1:
+            fits = width <= widths[part] if part in roomy else width == widths.get(part, width)
+            if not fits or width < 1:
+                allowed = f"1 to {widths[part]}" if part in roomy else widths.get(part, "at least 1")
                 raise ValueError(
-                    f"Found width {width} for part {part!r} in {name}, which has {widths.get(part, 'at least 1')}"
+                    f"Found width {width} for part {part!r} in {name}, which has {allowed}"
                     + (f" in rotation_format {self.rotation_format!r}." if part.endswith("rotation") else ".")
                     + " Correct the width, or use part 'native' for a vector that means something else."
                 )
@@ -370,13 +418,13 @@ class Embodiment:
 
     @cached_property
     def state_channels(self) -> np.ndarray:
-        """Canonical channels (K,) that the state fills, ascending; the columns of `transform_state`."""
-        return _channels(self.state_layout)
+        """Channels (K,) of the model's state that this robot fills, ascending; the columns of `transform_state`."""
+        return _channels(self.state_layout, SLOTS[self.slots])
 
     @cached_property
     def action_channels(self) -> np.ndarray:
         """Channels (K,) of the model's action that this robot uses, ascending; the columns of `transform_actions`."""
-        return _channels(self.action_layout)
+        return _channels(self.action_layout, SLOTS[self.slots])
 
     def channel_mask(self, action_dim: int) -> np.ndarray:
         """Which of the model's `action_dim` channels this robot uses: bool (action_dim,)."""
@@ -399,10 +447,16 @@ class Embodiment:
             )
         return np.array(values if values else [0.0] * width, dtype=np.float32)
 
+    def channels_of(self, part: str) -> np.ndarray:
+        """All channels of the model in the slots of a named part, whether this robot has it or not: (room,)."""
+        slots = SLOTS[self.slots]
+        index = [name for name, _ in slots].index(part)
+        return sum(room for _, room in slots[:index]) + np.arange(slots[index][1])
+
     # ---- change of layout, rotation format and frame ------------------------------------------------------------
 
     def transform_state(self, state: ArrayLike) -> np.ndarray:
-        """Robot state (..., S) to the model's layout (..., K): rot6d, absolute, gripper 0 closed and 1 open."""
+        """Robot state (..., S) to the model's layout (..., K): absolute, gripper 0 closed and 1 open."""
         parts = _split(self._checked(state, "state"), self.state_layout)
         return self._join(parts, self._poses(parts), self.state_gripper_range)
 
@@ -429,13 +483,18 @@ class Embodiment:
             return from_joint_frame(values, self._needed_state(state), self.joint_channels, self.reference_frame)
         if self.action_layout[0][0] == "native":
             return values
-        layout = [(part, width) for part, width in CANONICAL_LAYOUT if part in dict(self.action_layout)]
+        widths = dict(self.action_layout)
+        layout = [
+            (part, room if part.endswith("_rotation") else widths[part])
+            for part, room in SLOTS[self.slots]
+            if part in widths
+        ]
         parts = _split(values, layout)
         state_poses = self._state_poses(state)
         closed, opened = self.action_gripper_range
         for arm in ("left", "right"):
             position, rotation = f"{arm}_ee_position", f"{arm}_ee_rotation"
-            matrix = rot6d_to_matrix(parts[rotation]) if rotation in parts else None
+            matrix = rotation_to_matrix(parts[rotation], self.model_rotation) if rotation in parts else None
             pose = (parts.get(position), matrix)
             if position in parts or rotation in parts:
                 pose = from_reference_frame(pose, state_poses[arm], self.reference_frame)
@@ -485,21 +544,25 @@ class Embodiment:
                 values[...] = matrix_to_rotation(interpolate_rotation(first, last, fraction), self.rotation_format)
         return between
 
-    @staticmethod
-    def _join(parts: dict, poses: dict[str, Pose], gripper_range: tuple) -> np.ndarray:
-        """Parts in the robot's units to the model's channels, in canonical order: (..., K)."""
+    @property
+    def model_rotation(self) -> str:
+        """How the model sees rotations: a key of ROTATION_FORMATS, as wide as the slots' rotations."""
+        return f"rot6d_{self.model_rot6d}" if self.slots == "canonical" else "axis_angle"
+
+    def _join(self, parts: dict, poses: dict[str, Pose], gripper_range: tuple) -> np.ndarray:
+        """Parts in the robot's units to the model's channels, in the order of the slots: (..., K)."""
         if "native" in parts:
             return parts["native"]
         closed, opened = gripper_range
         columns = []
-        for part, _ in CANONICAL_LAYOUT:
+        for part, _ in SLOTS[self.slots]:
             if part not in parts:
                 continue
             arm = part.split("_")[0]
             if part.endswith("_position"):
                 columns.append(poses[arm][0])
             elif part.endswith("_rotation"):
-                columns.append(matrix_to_rot6d(poses[arm][1]))
+                columns.append(matrix_to_rotation(poses[arm][1], self.model_rotation))
             elif part.endswith("_gripper"):
                 columns.append((parts[part] - closed) / (opened - closed))
             else:
@@ -509,16 +572,20 @@ class Embodiment:
     # ---- the same, normalised -----------------------------------------------------------------------------------
 
     def encode_state(self, state: ArrayLike) -> np.ndarray:
-        """Robot state (..., S) to normalised values (..., K) in [-1, 1]."""
-        return normalize(self.transform_state(state), self._statistics_of("state"))
+        """Robot state (..., S) to normalised values (..., K), in [-1, 1] unless `normalization` is "none"."""
+        values = self.transform_state(state)
+        return values if self.normalization == "none" else normalize(values, self._statistics_of("state"))
 
     def encode_actions(self, actions: ArrayLike, state: ArrayLike | None) -> np.ndarray:
-        """Robot actions (..., H, D_robot) and state (..., S) to normalised values (..., H, K) in [-1, 1]."""
-        return normalize(self.transform_actions(actions, state), self._statistics_of("action"))
+        """Robot actions (..., H, D_robot) and state (..., S) to values (..., H, K), normalised as `encode_state`."""
+        values = self.transform_actions(actions, state)
+        return values if self.normalization == "none" else normalize(values, self._statistics_of("action"))
 
     def decode_actions(self, values: ArrayLike, state: ArrayLike | None) -> np.ndarray:
         """Inverse of `encode_actions`: (..., H, K) and state (..., S) to robot actions (..., H, D_robot)."""
-        return self.inverse_transform_actions(unnormalize(values, self._statistics_of("action")), state)
+        if self.normalization == "quantiles":
+            values = unnormalize(values, self._statistics_of("action"))
+        return self.inverse_transform_actions(values, state)
 
     def _statistics_of(self, kind: str) -> dict:
         if self.statistics is None or kind not in self.statistics:
@@ -556,6 +623,21 @@ def short_camera_key(key: str) -> str:
     return key.rsplit(".", 1)[-1]
 
 
+def stack_vectors(values: list, rows: list[int], name: str, dimensions: int) -> np.ndarray:
+    """Vectors or chunks of samples of one robot as one float64 array; `rows` are their numbers in the batch.
+
+    Raises ValueError for another number of dimensions, or shapes that differ.
+    """
+    values = [np.asarray(value, dtype=np.float64) for value in values]
+    for value, row in zip(values, rows, strict=True):
+        if value.ndim != dimensions or value.shape != values[0].shape:
+            raise ValueError(
+                f"Found {name} of shape {value.shape} in sample {row} and {values[0].shape} in sample {rows[0]} "
+                f"of the same embodiment. A {name} has {dimensions} dimension(s) and its layout fixes the last."
+            )
+    return np.stack(values)
+
+
 _PAIRS_HOLD = {
     "cameras": "[dataset key, spoken label].",
     "client_keys": "[key of the client, what it holds].",
@@ -573,11 +655,14 @@ def _pairs(values: Iterable, name: str, kind: type) -> tuple:
     return tuple((first, second) for first, second in pairs)
 
 
-def _channels(layout: tuple) -> np.ndarray:
-    if any(part == "native" for part, _ in layout):
-        return np.arange(dict(layout)["native"])
-    present = {part for part, _ in layout}
-    used = [np.full(width, part in present) for part, width in CANONICAL_LAYOUT]
+def _channels(layout: tuple, slots: tuple) -> np.ndarray:
+    widths = dict(layout)
+    if "native" in widths:
+        return np.arange(widths["native"])
+    used = []
+    for part, room in slots:
+        width = room if part.endswith("_rotation") and part in widths else widths.get(part, 0)
+        used.append(np.arange(room) < width)
     return np.flatnonzero(np.concatenate(used))
 
 

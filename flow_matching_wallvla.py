@@ -4,9 +4,11 @@ Shapes: B samples, H steps, D channels; `time` is (B,) and broadcasts over a chu
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def expand_time(time: Tensor, like: Tensor) -> Tensor:
@@ -48,7 +50,8 @@ def sample_time(
     - `"beta"`: `tau = s * (1 - u)`, `u ~ Beta(alpha, 1)` (equation 3): mass at the noisy end for alpha > 1. `u` is
       drawn by inverting its distribution function `u ** alpha`.
     - `"uniform"`: `tau = s * u`.
-    - `"stratified"`: uniform, one draw from each of B equal intervals, in random order over the batch.
+    - `"stratified"`: `tau = s * ((u + i / B) mod 1)` with one `u` for the batch and i in random order: uniform, one
+      draw in each of B equal intervals (X-VLA's code).
     - `"logit_normal"`: `tau = s * sigmoid(z)`, `z ~ N(0, 1)`.
 
     Raises:
@@ -64,16 +67,19 @@ def sample_time(
         return scale * uniform
     if sampler == "stratified":
         order = torch.randperm(batch_size, generator=generator, device=device)
-        return scale * (order + uniform) / batch_size
+        return scale * ((uniform[:1] + order / batch_size) % 1)
     raise ValueError(f"Unknown time sampler {sampler!r}: use beta, uniform, stratified or logit_normal.")
 
 
-def masked_mean(values: Tensor, mask: Tensor, reduction: str = "per_element") -> Tensor:
+def masked_mean(
+    values: Tensor, mask: Tensor, reduction: str = "per_element", channel_weights: Sequence[float] = ()
+) -> Tensor:
     """Mean of `values` (B, H, D) where `mask` (B, H, D) is True; 0 where nothing is. Scalar.
 
-    `"per_element"` divides the sum by the number of valid elements. `"per_channel"` first averages each channel over
-    its own valid steps and then averages the channels that have any (Qwen-VLA's two-level mean), so that a channel
-    which few robots have weighs as much as one that all have.
+    `"per_element"` divides the sum by the number of valid elements. `"per_channel"` is Qwen-VLA's two-level mean
+    (equations 1 and 2): for each sample, each channel over its own valid steps, then over the channels that have any;
+    at last over the samples that have any. So a channel weighs the same however many of them a robot has. With
+    `channel_weights` (D,) the channels of a sample are summed with these weights in the place of their mean (X-VLA).
 
     Values outside the mask get exactly zero gradient, also where they are not finite.
     """
@@ -81,10 +87,46 @@ def masked_mean(values: Tensor, mask: Tensor, reduction: str = "per_element") ->
     if reduction == "per_element":
         return values.sum() / mask.sum().clamp(min=1)
     if reduction == "per_channel":
-        count = mask.sum(dim=(0, 1))  # (D,)
-        means = values.sum(dim=(0, 1)) / count.clamp(min=1)
-        return means.sum() / (count > 0).sum().clamp(min=1)
+        count = mask.sum(dim=1)  # (B, D)
+        means = values.sum(dim=1) / count.clamp(min=1)
+        if channel_weights:
+            samples = (means * means.new_tensor(channel_weights)).sum(dim=1)
+        else:
+            samples = means.sum(dim=1) / (count > 0).sum(dim=1).clamp(min=1)
+        return samples.sum() / loss_count(mask, reduction).clamp(min=1)
     raise ValueError(f"Unknown reduction {reduction!r}: use per_element or per_channel.")
+
+
+def loss_count(mask: Tensor, reduction: str) -> Tensor:
+    """What `masked_mean` averages over at last: valid elements of `mask` (B, H, D), or samples that have any."""
+    return mask.sum() if reduction == "per_element" else mask.flatten(1).any(dim=1).sum()
+
+
+def action_loss(
+    prediction: Tensor,
+    actions: Tensor,
+    mask: Tensor,
+    reduction: str = "per_element",
+    channel_weights: Sequence[float] = (),
+    binary_channels: Sequence[int] = (),
+) -> Tensor:
+    """The error of a predicted clean action. Scalar float32.
+
+    Args:
+        prediction: (B, H, D); logits in the binary channels.
+        actions: clean normalised actions (B, H, D); 0 or 1 in the binary channels.
+        mask: True where an element counts (B, H, D) bool.
+        reduction, channel_weights: see `masked_mean`.
+        binary_channels: whose error is the binary cross-entropy in the place of the square.
+    """
+    # Masked before the square: a gradient of inf * 0 would be NaN
+    prediction, actions = (torch.where(mask, each.float(), 0.0) for each in (prediction, actions))
+    errors = (prediction - actions).square()
+    if binary_channels:
+        logits, decisions = (each[..., list(binary_channels)] for each in (prediction, actions))
+        losses = F.binary_cross_entropy_with_logits(logits, decisions, reduction="none")
+        errors = errors.index_copy(-1, torch.tensor(list(binary_channels), device=errors.device), losses)
+    return masked_mean(errors, mask, reduction, channel_weights)
 
 
 def flow_matching_loss(
@@ -95,6 +137,7 @@ def flow_matching_loss(
     mask: Tensor,
     loss_space: str = "action",
     reduction: str = "per_element",
+    channel_weights: Sequence[float] = (),
 ) -> Tensor:
     """The flow matching loss of a predicted velocity. Scalar float32.
 
@@ -108,7 +151,7 @@ def flow_matching_loss(
         time: flow times (B,).
         mask: True where an element counts (B, H, D) bool.
         loss_space: `"action"` or `"velocity"`.
-        reduction: see `masked_mean`.
+        reduction, channel_weights: see `masked_mean`.
     """
     error = velocity.float() - velocity_of(actions, noise).float()
     if loss_space == "action":
@@ -116,7 +159,7 @@ def flow_matching_loss(
     elif loss_space != "velocity":
         raise ValueError(f"Unknown loss space {loss_space!r}: use action or velocity.")
     # Masked before the square: a gradient of inf * 0 would be NaN
-    return masked_mean(torch.where(mask, error, 0.0).square(), mask, reduction)
+    return masked_mean(torch.where(mask, error, 0.0).square(), mask, reduction, channel_weights)
 
 
 def time_grid(num_steps: int, scale: float = 0.999, device: torch.device | str | None = None) -> Tensor:

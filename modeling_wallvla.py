@@ -1,37 +1,36 @@
-"""WallVLA: a Hugging Face VLM (the VL expert) and an action expert that attend together (Wall-OSS-0.5, section 2.1.1).
+"""WallVLA: a Hugging Face VLM (the VL expert) and an action expert that reads what the VLM made of a prefix.
 
-The prefix (images, text, proprioception, discrete action tokens) runs through the stock layers of the VLM. The action
-expert reads the keys and values of each of them and turns a noisy action chunk into a velocity. The prefix never sees
-an action chunk, so it is computed once, in training as in inference, and the two experts stay separate modules with
-one thing between them: `PrefixContext`.
+The prefix (images, text, proprioception, discrete action tokens) runs through the stock layers of the VLM
+(`vl_experts_wallvla`). The action expert (`action_experts_wallvla`) turns a noisy action chunk into a prediction. The
+prefix never sees an action chunk, so it is computed once, in training as in inference, and the two experts stay
+separate modules with one thing between them: `PrefixContext`.
 
-Shapes: B samples, S prefix tokens (left padded), H action steps, D action channels, C width of the VL expert,
-E width of the action expert, N key-value heads, P width of a head.
+Shapes: B samples, S prefix tokens (left padded), H action steps, D action channels, C width of the VL expert.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.integrations import use_kernel_forward_from_hub
-from transformers.masking_utils import create_causal_mask
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .action_experts_wallvla import ACTION_EXPERTS, PerDomain, init_expert_weights, norm_in_float32
 from .configuration_wallvla import WallVLAConfig
 from .flow_matching_wallvla import (
     action_from_velocity,
+    action_loss,
     euler_step,
     flow_matching_loss,
     interpolate,
+    loss_count,
     sample_time,
     time_grid,
     velocity_from_action,
 )
-from .ops_wallvla import action_attention_mask, sinusoidal_embedding
+from .vl_experts_wallvla import VL_EXPERTS, PrefixContext
 
 
 @dataclass
@@ -41,8 +40,8 @@ class WallVLAOutput(ModelOutput):
     loss: the weighted sum of the losses that the batch has (equation 1), scalar.
     flow_loss, action_token_loss, text_loss: each the mean over its own elements or tokens, scalars. `None` when the
         batch has no such input at all, 0 when it has the input but no element of the kind.
-    loss_counts: how many elements each mean was taken over, (3,) float32 in the order above. A trainer needs them to
-        average over ranks and accumulated batches.
+    loss_counts: how many elements (samples, with a mean per channel) each mean was taken over, (3,) float32 in the
+        order above. A trainer needs them to average over ranks and accumulated batches.
     action_prediction: the recovered clean action chunk (B, H, D) float32, normalised.
     logits: next-token logits (B, S, vocabulary), only without `labels` and `actions`.
     """
@@ -54,157 +53,6 @@ class WallVLAOutput(ModelOutput):
     loss_counts: Tensor | None = None
     action_prediction: Tensor | None = None
     logits: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class PrefixContext:
-    """All that an action expert may read of the prefix.
-
-    keys, values: of every VL layer, after rope, (B, N, S, P) each. With room for a chunk: (B, N, S + H, P).
-    last_hidden_state: (B, S, C), after the final norm.
-    visible: tokens that action queries may read, (B, S) bool: neither padding nor anything from the first discrete
-        action token on.
-    next_position: where the chunk starts, (B,) int64: the position of the first discrete action token, or the one
-        after the last token. Training and inference agree on it.
-    domain_ids: (B,) int64 or `None`.
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    last_hidden_state: Tensor
-    visible: Tensor
-    next_position: Tensor
-    domain_ids: Tensor | None = None
-
-    def detach(self) -> "PrefixContext":
-        """The same numbers, through which no gradient flows."""
-        return replace(
-            self,
-            keys=tuple(k.detach() for k in self.keys),
-            values=tuple(v.detach() for v in self.values),
-            last_hidden_state=self.last_hidden_state.detach(),
-        )
-
-    def with_room(self, num_steps: int) -> "PrefixContext":
-        """Static buffers with `num_steps` free places after the prefix, for sampling without concatenation."""
-
-        def grow(states: Tensor) -> Tensor:
-            return torch.cat([states, states.new_zeros(*states.shape[:2], num_steps, states.shape[3])], dim=2)
-
-        return replace(self, keys=tuple(map(grow, self.keys)), values=tuple(map(grow, self.values)))
-
-
-class KeyValueTap:
-    """Takes the place of a cache in one attention call and keeps the keys and values (B, N, S, P) that went by."""
-
-    keys: Tensor
-    values: Tensor
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = keys, values
-        return keys, values
-
-
-class PrefixReader:
-    """Takes the place of a cache in one attention call and puts the prefix before the chunk's own keys and values.
-
-    With room behind the prefix the chunk is written in place, otherwise the two are concatenated.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, prefix_length: int):
-        self.keys, self.values, self.prefix_length = keys, values, prefix_length
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        if self.keys.shape[2] == self.prefix_length:
-            return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
-        self.keys[:, :, self.prefix_length :] = keys
-        self.values[:, :, self.prefix_length :] = values
-        return self.keys, self.values
-
-
-@use_kernel_forward_from_hub("WallVLARMSNorm")
-class WallVLARMSNorm(nn.Module):
-    """RMS norm in float32 that multiplies by its weight before it casts back; Qwen casts first (Wall-OSS)."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            states = hidden.float()
-            states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.eps)
-            return (self.weight.float() * states).to(hidden.dtype)
-
-
-def norm_in_float32(decoder: nn.Module, width: int, eps: float) -> None:
-    """Puts `WallVLARMSNorm` in the place of the norms of a decoder (`layers`, `norm`); names stay as they are."""
-    for layer in decoder.layers:
-        layer.input_layernorm = WallVLARMSNorm(width, eps)
-        layer.post_attention_layernorm = WallVLARMSNorm(width, eps)
-    decoder.norm = WallVLARMSNorm(width, eps)
-
-
-class MoTActionExpert(nn.Module):
-    """The action expert of Wall-OSS-0.5: a narrow transformer as deep as the VL expert, sharing its attention."""
-
-    def __init__(self, config: WallVLAConfig):
-        super().__init__()
-        expert = config.action_expert
-        if expert._attn_implementation is None:
-            expert._attn_implementation = config._attn_implementation
-        self.config = expert
-        # Heads, fp32 always: a velocity in bf16 has three digits
-        self.action_in_proj = nn.Linear(2 * config.action_dim, expert.hidden_size, bias=False)
-        self.action_time_mlp_in = nn.Linear(2 * expert.hidden_size, expert.hidden_size, bias=False)
-        self.action_time_mlp_out = nn.Linear(expert.hidden_size, expert.hidden_size, bias=False)
-        self.layers = nn.ModuleList(Qwen2DecoderLayer(expert, i) for i in range(expert.num_hidden_layers))
-        self.norm = Qwen2RMSNorm(expert.hidden_size, eps=expert.rms_norm_eps)
-        self.rotary_emb = Qwen2RotaryEmbedding(expert)
-        self.action_out_proj = nn.Linear(expert.hidden_size, config.action_dim, bias=False)
-
-    def embed(self, noisy_actions: Tensor, time: Tensor, channel_mask: Tensor) -> Tensor:
-        """Noisy chunk (B, H, D), time (B,) and used channels (B, 1, D) -> action tokens (B, H, E) float32."""
-        with torch.autocast(noisy_actions.device.type, enabled=False):
-            mask = channel_mask.expand_as(noisy_actions).to(noisy_actions.dtype)
-            hidden = self.action_in_proj(torch.cat([noisy_actions, mask], dim=-1))  # (B, H, E)
-            time_embedding = sinusoidal_embedding(time, self.config.hidden_size)  # (B, E)
-            hidden = torch.cat([hidden, time_embedding[:, None].expand_as(hidden)], dim=-1)  # (B, H, 2E)
-            return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(hidden)))
-
-    def forward(
-        self,
-        noisy_actions: Tensor,
-        time: Tensor,
-        context: PrefixContext,
-        channel_mask: Tensor,
-        step_mask: Tensor,
-    ) -> Tensor:
-        """Predicts the velocity (or the clean action) of a noisy chunk.
-
-        Args:
-            noisy_actions: (B, H, D) float32.
-            time: flow times, (B,) float32.
-            context: the prefix.
-            channel_mask: channels that the robot has, (B, 1, D) bool.
-            step_mask: steps that are not padding, (B, H) bool.
-
-        Returns:
-            (B, H, D) float32.
-        """
-        horizon, prefix_length = noisy_actions.shape[1], context.visible.shape[1]
-        hidden = self.embed(noisy_actions, time, channel_mask).to(context.last_hidden_state.dtype)
-        positions = context.next_position[:, None] + torch.arange(horizon, device=hidden.device)  # (B, H)
-        rope = self.rotary_emb(hidden, positions)
-        mask = action_attention_mask(context.visible, step_mask, self.config.action_attention == "causal")
-        if self.config._attn_implementation == "eager":  # which adds its mask, where sdpa takes a boolean
-            mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
-        for layer, keys, values in zip(self.layers, context.keys, context.values, strict=True):
-            # Positional, because the checkpointing wrapper drops a keyword `past_key_values`
-            hidden = layer(hidden, mask, None, PrefixReader(keys, values, prefix_length), position_embeddings=rope)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.action_out_proj(self.norm(hidden).float())
 
 
 class ActionTokenConstraint(LogitsProcessor):
@@ -235,16 +83,12 @@ class WallVLAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # The chunk's mask is not a padding mask, which is all that flash attention would get
     _supports_flash_attn = False
-    _no_split_modules = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock", "Qwen2DecoderLayer"]
-    _keep_in_fp32_modules_strict = [
-        "action_in_proj",
-        "action_time_mlp_in",
-        "action_time_mlp_out",
-        "action_out_proj",
-        "state_proj",
-    ]
     # The trainer averages the losses itself, over ranks and accumulated batches
     accepts_loss_kwargs = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_expert_weights(module, self.config.initializer_range)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options) -> None:
         """As `PreTrainedModel.gradient_checkpointing_enable`; refuses `use_reentrant=True`."""
@@ -281,23 +125,23 @@ class WallVLAPreTrainedModel(PreTrainedModel):
 class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
     """A vision-language-action model: `forward` for training, `sample_actions` for robots, `generate` for text."""
 
-    _tied_weights_keys = {"vlm.lm_head.weight": "vlm.model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: WallVLAConfig):
         super().__init__(config)
-        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
-        self.action_expert = MoTActionExpert(config)
+        self.vl_expert = VL_EXPERTS[config.vlm_config.model_type](config.vlm_config, config.language_tokens)
+        self.vlm = self.vl_expert.build()
+        self.action_expert = ACTION_EXPERTS[config.action_expert.kind](config)
+        self._keep_in_fp32_modules_strict = [*self.action_expert.fp32_modules, "state_proj"]
         if config.proprioception == "projected":
             self.state_proj = nn.Linear(2 * config.state_dim, config.vlm_config.text_config.hidden_size, bias=False)
         if config.norm_in_float32:
-            for decoder, sizes in (
-                (self.vlm.model.language_model, config.vlm_config.text_config),
-                (self.action_expert, config.action_expert),
-            ):
-                norm_in_float32(decoder, sizes.hidden_size, sizes.rms_norm_eps)
+            text = config.vlm_config.text_config
+            norm_in_float32(self.vl_expert.decoder(self.vlm), text.hidden_size, text.rms_norm_eps)
             norms = ["input_layernorm", "post_attention_layernorm", "language_model.norm", "action_expert.norm"]
-            self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, *norms]
+            self._keep_in_fp32_modules_strict += norms
+        self._no_split_modules = [type(self.action_expert.layers[0]).__name__]  # the VLM adds its own
         self.post_init()
+        # FSDP refuses names that are not there, such as those of a decoder that is left out
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
@@ -306,7 +150,10 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         self.vlm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.vlm.lm_head
+        return self.vlm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.vlm.set_output_embeddings(value)
 
     def encode_prefix(
         self,
@@ -324,52 +171,40 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         Args:
             input_ids: (B, S) int64.
             attention_mask: 0 on padding, (B, S).
-            mm_token_type_ids: 1 on image tokens, (B, S). Found from `input_ids` when absent: without them the stock
-                model silently falls back to positions of text.
-            pixel_values: patches of all images, (patches, patch size).
-            image_grid_thw: patch grid of each image, (images, 3).
+            mm_token_type_ids: 1 on image tokens, (B, S). Found from `input_ids` when absent.
+            pixel_values: all images of the batch, as the VLM's processor makes them: (patches, patch size), or
+                (images, 3, height, width) where all have one size.
+            image_grid_thw: patch grid of each image, (images, 3), for VLMs that take images of any size.
             domain_ids: (B,) int64.
-            states: normalised proprioception, (B, state_dim) float32; only with `proprioception` "projected".
+            states: normalised proprioception, (B, state_dim) float32; with `proprioception` "projected" or "expert".
             state_mask: channels that the robot's state has, (B, state_dim) bool.
         """
-        model, text = self.vlm.model, self.vlm.model.language_model
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if mm_token_type_ids is None:
-            mm_token_type_ids = (input_ids == self.vlm.config.image_token_id).int()
-
-        hidden = self.get_input_embeddings()(input_ids)  # (B, S, C)
-        if pixel_values is not None:
-            images = torch.cat(model.get_image_features(pixel_values, image_grid_thw).pooler_output).to(hidden.dtype)
-            image_mask, _ = model.get_placeholder_mask(input_ids, hidden, images)
-            hidden = hidden.masked_scatter(image_mask, images)
+        is_image = input_ids == self.vlm.config.image_token_id
+        if mm_token_type_ids is not None:
+            is_image = mm_token_type_ids == 1
+        # An image token need not be in the vocabulary (Florence-2): its row is overwritten
+        hidden = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (B, S, C)
         if self.config.proprioception == "projected":
             hidden = self._with_states(hidden, input_ids, states, state_mask)
-
-        positions, _ = model.get_rope_index(
-            input_ids, mm_token_type_ids, image_grid_thw=image_grid_thw, attention_mask=attention_mask
-        )  # (3, B, S)
-        rope = text.rotary_emb(hidden, positions)
-        mask = create_causal_mask(
-            config=text.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=None
+        prefix = self.vl_expert.encode(
+            self.vlm, hidden, input_ids, attention_mask, is_image, pixel_values, image_grid_thw
         )
-        taps = []
-        for layer in text.layers:
-            tap = KeyValueTap()
-            # Positional, because the checkpointing wrapper drops a keyword `past_key_values`
-            hidden = layer(hidden, mask, None, tap, position_embeddings=rope)
-            taps.append(tap)
-
         # Nothing from the first discrete action token on, which includes the end of its turn
         visible = attention_mask.bool() & ~(self.is_action_token(input_ids).cumsum(dim=-1) > 0)
-        next_position = torch.where(visible, positions.amax(dim=0), -1).amax(dim=-1) + 1
+        visible = visible[:, : prefix.last_hidden_state.shape[1]]
         return PrefixContext(
-            keys=tuple(tap.keys for tap in taps),
-            values=tuple(tap.values for tap in taps),
-            last_hidden_state=text.norm(hidden),
+            keys=prefix.keys,
+            values=prefix.values,
+            last_hidden_state=prefix.last_hidden_state,
             visible=visible,
-            next_position=next_position,
+            positions=prefix.positions,
+            next_position=torch.where(visible, prefix.positions.amax(dim=0), -1).amax(dim=-1) + 1,
+            auxiliary=prefix.auxiliary,
             domain_ids=domain_ids,
+            states=states,
+            state_mask=state_mask,
         )
 
     def _with_states(
@@ -397,14 +232,31 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             return torch.zeros_like(token_ids, dtype=torch.bool)
         return (token_ids >= start) & (token_ids < start + count)
 
+    def predict_action(
+        self, noisy_actions: Tensor, time: Tensor, context: PrefixContext, channel_mask: Tensor, step_mask: Tensor
+    ) -> Tensor:
+        """The clean action that the expert sees in `noisy_actions` (B, H, D) at `time` (B,). (B, H, D) float32."""
+        prediction = self.action_expert(noisy_actions, time, context, channel_mask, step_mask)
+        return self._clean_action(prediction, noisy_actions, time)
+
+    def _clean_action(self, prediction: Tensor, noisy_actions: Tensor, time: Tensor) -> Tensor:
+        """What a prediction of the expert says of the clean action. (B, H, D)."""
+        if self.config.prediction == "velocity":
+            return action_from_velocity(noisy_actions, prediction, time)
+        if not self.config.binary_channels:
+            return prediction
+        channels = torch.arange(prediction.shape[-1], device=prediction.device)
+        is_binary = sum(channels == each for each in self.config.binary_channels).bool()
+        return torch.where(is_binary, prediction.sigmoid(), prediction)
+
     def predict_velocity(
         self, noisy_actions: Tensor, time: Tensor, context: PrefixContext, channel_mask: Tensor, step_mask: Tensor
     ) -> Tensor:
-        """The velocity of the flow at `noisy_actions` (B, H, D) and `time` (B,). (B, H, D) float32."""
+        """The velocity of the flow at `noisy_actions` (B, H, D) and `time` (B,) < 1. (B, H, D) float32."""
         prediction = self.action_expert(noisy_actions, time, context, channel_mask, step_mask)
-        if self.config.prediction == "action":
-            return velocity_from_action(noisy_actions, prediction, time)
-        return prediction
+        if self.config.prediction == "velocity":
+            return prediction
+        return velocity_from_action(noisy_actions, self._clean_action(prediction, noisy_actions, time), time)
 
     def forward(
         self,
@@ -449,7 +301,7 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             state_mask,
         )
         if labels is None and actions is None:
-            return WallVLAOutput(logits=self.vlm.lm_head(context.last_hidden_state))
+            return WallVLAOutput(logits=self.vl_expert.lm_head(self.vlm)(context.last_hidden_state))
 
         output = WallVLAOutput(loss_counts=torch.zeros(3, device=input_ids.device))
         loss = torch.zeros((), device=input_ids.device)
@@ -470,7 +322,7 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         labelled = labels[:, 1:] != -100  # (B, S - 1)
         targets = labels[:, 1:][labelled]  # (tokens,)
         # Only labelled positions meet the vocabulary: at full size a batch of logits is larger than the model
-        logits = self.vlm.lm_head(hidden[:, :-1][labelled]).float()
+        logits = self.vl_expert.lm_head(self.vlm)(hidden[:, :-1][labelled]).float()
         losses = F.cross_entropy(logits, targets, reduction="none")
         of_action = self.is_action_token(targets)
         counts = torch.stack([of_action.sum(), (~of_action).sum()])
@@ -507,12 +359,18 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         padding = torch.zeros_like(actions[:, 0]) if action_padding is None else action_padding  # (B, D)
         actions = torch.where(channel_mask, actions, padding[:, None])
         noisy_actions = interpolate(actions, noise, time)
-        velocity = self.predict_velocity(noisy_actions, time, context, channel_mask, step_mask)
-        output.action_prediction = action_from_velocity(noisy_actions, velocity, time)
-        output.flow_loss = flow_matching_loss(
-            velocity, actions, noise, time, action_mask, config.loss_space, config.loss_reduction
-        )
-        output.loss_counts[0] = action_mask.sum()
+        prediction = self.action_expert(noisy_actions, time, context, channel_mask, step_mask)
+        output.action_prediction = self._clean_action(prediction, noisy_actions, time)
+        reduction, weights = config.loss_reduction, config.loss_channel_weights
+        if config.prediction == "velocity":
+            output.flow_loss = flow_matching_loss(
+                prediction, actions, noise, time, action_mask, config.loss_space, reduction, weights
+            )
+        else:
+            output.flow_loss = action_loss(
+                prediction, actions, action_mask, reduction, weights, config.binary_channels
+            )
+        output.loss_counts[0] = loss_count(action_mask, reduction)
         return output.flow_loss
 
     @torch.no_grad()
@@ -533,14 +391,14 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         state_mask: Tensor | None = None,
         guidance: Callable[[Callable, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Samples an action chunk by Euler steps from noise. The prefix is computed once.
+        """Samples an action chunk from noise, by the steps of `config.sampler`. The prefix is computed once.
 
         Args:
             input_ids, attention_mask, mm_token_type_ids, pixel_values, image_grid_thw, domain_ids, states, state_mask:
                 see `encode_prefix`.
             action_mask: True on the channels and steps that the robot has, (B, H, D) bool.
             noise: start of the flow, (B, H, D) float32; drawn when absent.
-            num_inference_steps: Euler steps, `config.num_inference_steps` when absent.
+            num_inference_steps: steps, `config.num_inference_steps` when absent.
             generator: source of the noise.
             action_padding: clean value of channels that the robot lacks, (B, D) float32; 0 when absent.
             guidance: bends the flow towards earlier actions, see "Real-time chunking" in `flow_matching_wallvla`.
@@ -569,7 +427,7 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             state_mask,
         )
         if guidance is None:  # which may differentiate, and static buffers are overwritten at every step
-            context = context.with_room(config.action_horizon)
+            context = self.action_expert.for_sampling(context, config.action_horizon)
 
         def field(actions: Tensor, time: Tensor) -> Tensor:
             velocity = self.predict_velocity(actions, time.expand(shape[0]), context, channel_mask, step_mask)
@@ -580,11 +438,43 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
         actions = noise
         for time, next_time in zip(times[:-1], times[1:], strict=True):
             velocity = field(actions, time) if guidance is None else guidance(field, actions, time)
-            actions = euler_step(actions, velocity, time, next_time)
+            if config.sampler == "euler":
+                actions = euler_step(actions, velocity, time, next_time)
+            else:  # the predicted action, back on the path from the same noise
+                actions = interpolate(actions + (1 - time) * velocity, noise, next_time)
         return torch.where(action_mask, actions, 0.0)
+
+    def add_domain(self, name: str, init: str = "mean", generator: torch.Generator | None = None) -> int:
+        """Gives a trained model the parameters of one more domain (X-VLA, section 4.2.2).
+
+        Args:
+            name: of the domain.
+            init: `"mean"` of all domains, `"copy:<name>"` of one of them, or `"random"`.
+            generator: source of the random numbers.
+
+        Returns:
+            Its id, for `Embodiment.domain`.
+
+        Raises:
+            ValueError: a name that is there already, an unknown `init`, or a model without parameters of domains.
+        """
+        domains, kind, source = list(self.config.domains), *init.partition(":")[::2]
+        tables = [each for each in self.modules() if isinstance(each, PerDomain) and not each.is_shared]
+        if not tables or not domains:
+            raise ValueError("Found no parameters of domains in this model: its action expert has one set for all.")
+        if name in domains:
+            raise ValueError(f"There is a domain {name!r} already; the model has {domains}. Use another name.")
+        if kind not in ("mean", "copy", "random") or (kind == "copy") != (source in domains):
+            raise ValueError(f'Found init {init!r}: use "mean", "random" or "copy:" and one of {domains}.')
+        for table in tables:
+            row = domains.index(source) if kind == "copy" else None
+            table.add_row(row, self.config.initializer_range if kind == "random" else 0.0, generator)
+        self.config.domains = [*domains, name]
+        return len(domains)
 
     def generate(self, *args, **kwargs) -> Tensor:
         """Generates text with the VL expert; takes what `GenerationMixin.generate` takes."""
+        self.vl_expert.lm_head(self.vlm)
         return self.vlm.generate(*args, **kwargs)
 
     def generate_action_tokens(

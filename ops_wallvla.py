@@ -9,7 +9,7 @@ Shapes: B samples, S tokens, N heads (Nq of queries, Nkv of keys and values), P 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -89,6 +89,26 @@ def rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     cos, sin = cos[:, None], sin[:, None]  # (B, 1, S, P)
     return (states * cos + rotate_half(states) * sin).to(states.dtype).contiguous()
+
+
+def multimodal_rope(positions: Tensor, sections: Sequence[int], theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine for `rope` at positions on several axes: pair i turns by `theta ** (-i / pairs)` times the
+    position on its axis, and each axis has a run of pairs (Qwen2-VL, section 2.1).
+
+    Args:
+        positions: (axes, B, S) int64.
+        sections: pairs of each axis; together P / 2.
+        theta: base of the frequencies.
+
+    Returns:
+        Two of (B, S, P) float32.
+    """
+    pairs = sum(sections)
+    frequencies = theta ** (-torch.arange(pairs, device=positions.device, dtype=torch.float32) / pairs)
+    angles = positions.float()[..., None] * frequencies  # (axes, B, S, P / 2)
+    angles = torch.cat([part[axis] for axis, part in enumerate(angles.split(list(sections), dim=-1))], dim=-1)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
 
 
 def qkv_rope_store(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:

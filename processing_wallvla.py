@@ -8,7 +8,7 @@ Shapes: B samples, S tokens, H action steps and D action channels of the model, 
 
 import json
 from collections.abc import Sequence
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,13 @@ import torch
 from numpy.typing import ArrayLike
 from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_transforms import convert_to_rgb
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
 from .action_space_wallvla import DEFAULT_PROMPT, Embodiment, short_camera_key
+from .action_tokens_wallvla import ActionTokens
 from .baseline_codecs_wallvla import ActionCodec, load_action_codec
+from .batches_wallvla import NO_IMAGE, action_arrays, state_arrays, state_values, token_arrays
 from .grounding_wallvla import (
     FORMS,
     CoordinateConstraint,
@@ -30,35 +31,25 @@ from .grounding_wallvla import (
     find_elements,
     grounding_prompt,
     read_answer,
+    to_original,
+    to_resized,
 )
+from .images_wallvla import ImageLike, SquareImages, as_array, images_of, longest_side_size, resize
+from .prompts_wallvla import STATE_TOKEN, WALL_OSS, PromptFormat
 
 
-ImageLike = Image.Image | np.ndarray
-
-IMAGE_TOKEN = "<|image_pad|>"
-STATE_TOKEN = "<|propri|>"
-IMAGE_PLACEHOLDER = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
-END_TOKEN = "<|im_end|>"
-ACTION_TOKEN = "<|action_token_{}|>"
 CODEC_FOLDER = "action_codec"  # of the codec inside a repository
-
-ACTION_PROMPT = (
-    "<|im_start|>system\n{prompt}<|im_end|>\n<|im_start|>user\nObservation:{observation}\nInstruction: {instruction}\n"
-    "Predict the next action in robot action.\nProprioception: {state}\n<|im_end|>\n<|im_start|>assistant\n"
-)
-TEXT_PROMPT = (
-    "<|im_start|>system\n{prompt}<|im_end|>\n<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n"
-)
+PROPRIOCEPTION = ("text", "projected", "expert", "none")
 
 
 class WallVLAProcessor(ProcessorMixin):
     r"""
     Args:
-        image_processor (`Qwen2VLImageProcessorPil`, *optional*):
-            Patch size, pixel limits and colour normalisation. A torchvision processor is replaced by its PIL twin,
-            whose numbers do not depend on what is installed.
+        image_processor (`BaseImageProcessor`, *optional*, defaults to `Qwen2VLImageProcessorPil()`):
+            Sizes and colours of the images; its class says whether they are patches or squares (`images_wallvla`). A
+            torchvision processor is replaced by its PIL twin, whose numbers do not depend on what is installed.
         tokenizer (`PreTrainedTokenizerBase`):
-            A Qwen2 tokenizer.
+            Of the VLM, with the special tokens of the prompt format.
         embodiments (`dict[str, dict | Embodiment]`, *optional*):
             The robots of this checkpoint by name. The attribute holds `Embodiment`s; change it by `add_embodiment`.
         action_dim (`int`, *optional*, defaults to 26), action_horizon (`int`, *optional*, defaults to 32):
@@ -67,7 +58,7 @@ class WallVLAProcessor(ProcessorMixin):
             Bins over [-1, 1] of the proprioception written into the prompt.
         longest_side (`int`, *optional*, defaults to 448):
             Images are resized to this longer side, aspect kept, before the image processor rounds the sides to whole
-            patches. `None` leaves that step out.
+            patches. `None` leaves that step out, as square images need.
         state_dim (`int`, *optional*):
             Numbers of the proprioception in the prompt: the state at its canonical channels and the embodiment's
             `state_padding` in the others (Wall-OSS-0.5: 26). `None` writes only the channels that the robot has.
@@ -82,7 +73,11 @@ class WallVLAProcessor(ProcessorMixin):
             As in every processor; the prompts above do not use it.
         proprioception (`str`, *optional*, defaults to `"text"`):
             `"text"`: the state is written into the prompt, in bins. `"projected"`: the prompt has the token
-            <|propri|> in its place, and the model gets `states` and `state_mask`. As in the model's configuration.
+            <|propri|> in its place, and the model gets `states` and `state_mask`. `"expert"`: nothing in the prompt,
+            and the action expert gets `states` and `state_mask`. `"none"`: nothing anywhere. As in the model's
+            configuration.
+        prompt_format (`dict` or `PromptFormat`, *optional*):
+            What is written around images, instruction and state, see `prompts_wallvla`. `None`: `WALL_OSS`.
     """
 
     # transformers restores only parameters that can be passed by position, so none of these is keyword-only.
@@ -101,12 +96,10 @@ class WallVLAProcessor(ProcessorMixin):
         chat_template: str | None = None,
         proprioception: str = "text",
         action_codec: ActionCodec | None = None,
+        prompt_format: dict | PromptFormat | None = None,
     ):
-        if image_processor is None:
-            image_processor = Qwen2VLImageProcessorPil()
-        elif not isinstance(image_processor, Qwen2VLImageProcessorPil):
-            image_processor = Qwen2VLImageProcessorPil.from_dict(image_processor.to_dict())
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self._images = images_of(Qwen2VLImageProcessorPil() if image_processor is None else image_processor)
+        super().__init__(self._images.image_processor, tokenizer, chat_template=chat_template)
         self.action_dim = action_dim
         self.action_horizon = action_horizon
         self.state_bins = state_bins
@@ -115,32 +108,55 @@ class WallVLAProcessor(ProcessorMixin):
         self.max_length = max_length
         self.text_system_prompt = text_system_prompt
         self.proprioception = proprioception
-        if proprioception == "projected" and state_dim is None:
-            raise ValueError("Found projected proprioception without state_dim: give its number of channels.")
+        if isinstance(prompt_format, dict):
+            prompt_format = PromptFormat.from_dict(prompt_format)
+        self.prompt_format = WALL_OSS if prompt_format is None else prompt_format
+        self._check_options(action_codec)
 
-        self.image_token_id = self._special_token_id(IMAGE_TOKEN)
-        self.end_token_id = self._special_token_id(END_TOKEN)
+        self.image_token_id = self._special_token_id(self.prompt_format.image_token)
+        self.end_token_id = self._special_token_id(self.prompt_format.end_token)
         if proprioception == "projected":
             self._special_token_id(STATE_TOKEN)
         if tokenizer.pad_token_id is None:
             raise ValueError("Found a tokenizer without a pad token. Batches are padded; set `tokenizer.pad_token`.")
-        self.pixel_table = self._prepare_pixel_table()
         self._answer_tokens = None  # filled by the first `answer_constraint`
         # The left edges of the bins: a value at or above edge i and below edge i + 1 is in bin i.
         self._bin_edges = np.linspace(-1, 1, state_bins + 1)[:-1]
         # Not `self.action_codec`: the framework would try to write an attribute of that name into the JSON
-        self._codec = action_codec
-        self.action_token_start_id = None if action_codec is None else self._add_action_tokens()
+        self._action_tokens = None if action_codec is None else ActionTokens(action_codec, tokenizer)
         self.embodiments = {}
         for name, embodiment in (embodiments or {}).items():
             self.add_embodiment(name, embodiment)
 
+    def _check_options(self, action_codec: ActionCodec | None) -> None:
+        """Raises ValueError for options that contradict each other."""
+        kind, prompts = self.proprioception, self.prompt_format
+        if kind not in PROPRIOCEPTION:
+            raise ValueError(f"Found proprioception {kind!r}. Known: {', '.join(PROPRIOCEPTION)}.")
+        if kind in ("projected", "expert") and self.state_dim is None:
+            raise ValueError(f"Found {kind} proprioception without state_dim: give its number of channels.")
+        if kind in ("text", "projected") and "{state}" not in prompts.action:
+            raise ValueError(
+                f"Found proprioception {kind!r} and a prompt format without a place for the state. Use 'expert' or "
+                f"'none', or a prompt with {{state}}."
+            )
+        if isinstance(self._images, SquareImages) and self.longest_side is not None:
+            raise ValueError(
+                f"Found longest_side {self.longest_side} with square images, which are stretched to their side in one "
+                f"step. Pass longest_side=None."
+            )
+        if prompts.num_views and not isinstance(self._images, SquareImages):
+            raise ValueError(
+                "Found a prompt format with rows of one length and images of any size. Its images need one number of "
+                "tokens: use the image processor of a model with square images."
+            )
+        if prompts.num_views and action_codec is not None:
+            raise ValueError("Found an action codec and a prompt format with rows of one length: no token can follow.")
+
     def _special_token_id(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         if token_id is None or self.tokenizer.convert_ids_to_tokens(token_id) != token:
-            raise ValueError(
-                f"Found a tokenizer without {token}. The prompts need Qwen2-VL's special tokens; add them."
-            )
+            raise ValueError(f"Found a tokenizer without {token}. The prompt format needs this special token; add it.")
         return token_id
 
     # ---- discrete action tokens ---------------------------------------------------------------------------------
@@ -148,43 +164,36 @@ class WallVLAProcessor(ProcessorMixin):
     @property
     def action_codec(self) -> ActionCodec | None:
         """The codec of the discrete action tokens, if there is one."""
-        return self._codec
+        return None if self._action_tokens is None else self._action_tokens.codec
 
-    def _add_action_tokens(self) -> int:
-        """Adds the codec's tokens to the tokenizer where they are missing; returns the id of the first."""
-        names = [ACTION_TOKEN.format(index) for index in range(self._codec.vocabulary_size)]
-        vocabulary = self.tokenizer.get_vocab()
-        if names[0] not in vocabulary:
-            self.tokenizer.add_tokens(names, special_tokens=True)
-            vocabulary = self.tokenizer.get_vocab()
-        start = vocabulary[names[0]]
-        found = [vocabulary.get(name) for name in names]
-        beyond = ACTION_TOKEN.format(len(names))
-        if found != list(range(start, start + len(names))) or beyond in vocabulary:
-            count = sum(name.startswith("<|action_token_") for name in vocabulary)
-            raise ValueError(
-                f"Found {count} action tokens in the tokenizer; the codec needs {len(names)} with consecutive ids. "
-                f"Use the tokenizer that was saved with this codec, or one without action tokens."
-            )
-        return start
+    @property
+    def action_token_start_id(self) -> int | None:
+        """Token id of the codec's number 0."""
+        return None if self._action_tokens is None else self._action_tokens.start_id
 
     def action_token_config(self) -> dict:
         """The fields of `WallVLAConfig` that say which discrete action tokens a model has."""
-        codec = self._codec
-        if codec is None:
+        if self._action_tokens is None:
             raise ValueError("Found no action codec in the processor. Pass `action_codec`.")
-        lengths = {codec.tokens_per_chunk(e.action_horizon, e.action_channels.size) for e in self.embodiments.values()}
-        return {
-            "action_token_start_id": self.action_token_start_id,
-            "num_action_tokens": codec.vocabulary_size,
-            "action_token_levels": codec.num_levels,
-            "action_tokens_per_chunk": lengths.pop() if len(lengths) == 1 else None,
-            "action_codec_fingerprint": codec.fingerprint(),
-        }
+        return self._action_tokens.config(self.embodiments.values())
 
     def check_model(self, config) -> None:
-        """Raises ValueError unless the codec is the one that the model of `config` was trained with."""
-        ours = None if self._codec is None else self._codec.fingerprint()
+        """Raises ValueError unless the model of `config` has our tokens, reads our states and knows our codec."""
+        rows = config.vlm_config.get_text_config().vocab_size
+        # The image token is replaced before it is embedded; in Florence-2 it lies behind the table
+        last = max(index for index in self.tokenizer.get_vocab().values() if index != self.image_token_id)
+        if last >= rows:
+            raise ValueError(
+                f"Found token id {last} in the tokenizer and {rows} rows in the model's embeddings. Resize them "
+                f"(`model.vlm.resize_token_embeddings`), or build the model with this vocab_size."
+            )
+        to_model = {kind for kind in (config.proprioception, self.proprioception) if kind in ("projected", "expert")}
+        if to_model and config.proprioception != self.proprioception:
+            raise ValueError(
+                f"Found proprioception {self.proprioception!r} in the processor and {config.proprioception!r} in the "
+                f"model. Where the model reads the state, both have to say so."
+            )
+        ours = None if self.action_codec is None else self.action_codec.fingerprint()
         _check_fingerprints(ours, config.action_codec_fingerprint, "processor", "model")
 
     @classmethod
@@ -208,8 +217,8 @@ class WallVLAProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, **kwargs):
         """As `ProcessorMixin.save_pretrained`, with the codec in `action_codec/`."""
-        if self._codec is not None:
-            self._codec.save_pretrained(Path(save_directory) / CODEC_FOLDER)
+        if self.action_codec is not None:
+            self.action_codec.save_pretrained(Path(save_directory) / CODEC_FOLDER)
         return super().save_pretrained(save_directory, **kwargs)
 
     def _action_token_rows(self, samples: list[dict], groups: list, data: dict) -> dict[int, list[int]]:
@@ -217,29 +226,11 @@ class WallVLAProcessor(ProcessorMixin):
         rows_of = {}
         for embodiment, rows in groups:
             steps = embodiment.action_horizon
-            ids = self._codec.encode(
-                torch.from_numpy(data["actions"][rows, :steps]),
-                self._codec_states([samples[row].get("state") for row in rows], rows, embodiment),
-                torch.from_numpy(data["action_mask"][rows, :steps]),
-                torch.full((len(rows),), embodiment.domain),
-            )
-            for row, line in zip(rows, ids.tolist(), strict=True):
-                tokens = [self.action_token_start_id + each for each in line if each >= 0]
+            states = [samples[row].get("state") for row in rows]
+            chunks, mask = data["actions"][rows, :steps], data["action_mask"][rows, :steps]
+            for row, tokens in zip(rows, self._action_tokens.encode(chunks, mask, states, embodiment), strict=True):
                 rows_of[row] = [*tokens, self.end_token_id]
         return rows_of
-
-    def _codec_states(self, states: list, rows: list[int], embodiment: Embodiment) -> torch.Tensor | None:
-        """Normalised states at their canonical channels, (rows, S) float32; `None` for codecs that need none."""
-        if not isinstance(self._codec, torch.nn.Module):
-            return None
-        padded = np.zeros((len(states), self._codec.config.state_dim), dtype=np.float32)
-        given = [i for i, state in enumerate(states) if state is not None]
-        if given and embodiment.state_channels.size:
-            values = embodiment.encode_state(
-                self._stack([states[i] for i in given], [rows[i] for i in given], "state", 1)
-            )
-            padded[np.ix_(given, embodiment.state_channels)] = values
-        return torch.from_numpy(padded)
 
     def decode_action_tokens(
         self, ids: torch.Tensor, state: ArrayLike | None = None, embodiment: str | None = None
@@ -254,40 +245,15 @@ class WallVLAProcessor(ProcessorMixin):
         Raises:
             ValueError: no codec, or ids that are no action tokens or do not make a chunk.
         """
-        if self._codec is None:
+        if self._action_tokens is None:
             raise ValueError("Found no action codec in the processor; discrete action tokens cannot be decoded.")
-        robot = self.get_embodiment(embodiment)
-        batch = torch.atleast_2d(torch.as_tensor(ids)).cpu() - self.action_token_start_id
-        wrong = batch[(batch < 0) | (batch >= self._codec.vocabulary_size)]
-        if len(wrong):
-            raise ValueError(
-                f"Found token id {int(wrong[0]) + self.action_token_start_id}, which is no action token: those are "
-                f"[{self.action_token_start_id}, {self.action_token_start_id + self._codec.vocabulary_size}). Pass "
-                f"what `generate_action_tokens` returned."
-            )
+        batch = torch.atleast_2d(torch.as_tensor(ids)).cpu()
         states = [None] * len(batch)
         if state is not None:
             states = list(np.broadcast_to(state, (len(batch), np.shape(state)[-1])))
-        chunk = self._codec.decode(
-            batch,
-            self._codec_states(states, list(range(len(batch))), robot),
-            robot.action_horizon,
-            torch.from_numpy(robot.channel_mask(self.action_dim)),
-            torch.full((len(batch),), robot.domain),
-        )
+        chunk = self._action_tokens.decode(batch, states, self.get_embodiment(embodiment), self.action_dim)
         chunk = chunk[0] if torch.as_tensor(ids).dim() == 1 else chunk
         return self.decode_actions(chunk, state, embodiment)
-
-    def _prepare_pixel_table(self) -> np.ndarray:
-        """Colour normalisation of the image processor for every uint8 value: float32 (channels, 256)."""
-        values = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-        if self.image_processor.do_rescale:
-            values = self.image_processor.rescale(values, self.image_processor.rescale_factor)
-        if self.image_processor.do_normalize:
-            values = self.image_processor.normalize(
-                values, self.image_processor.image_mean, self.image_processor.image_std
-            )
-        return np.ascontiguousarray(values[:, 0], dtype=np.float32)
 
     # ---- embodiments --------------------------------------------------------------------------------------------
 
@@ -310,14 +276,20 @@ class WallVLAProcessor(ProcessorMixin):
                 f"Found a state that reaches channel {channels[-1]} in embodiment {name!r}, the prompt has state_dim "
                 f"{self.state_dim}. Raise state_dim, or use another state_layout."
             )
+        if 0 < self.prompt_format.num_views < len(embodiment.cameras):
+            raise ValueError(
+                f"Found {len(embodiment.cameras)} cameras in embodiment {name!r}, the prompt format has "
+                f"{self.prompt_format.num_views} views. Leave some out, or raise num_views."
+            )
+        self.tokenizer.add_tokens(self.prompt_format.tokens_of_views(embodiment), special_tokens=True)
         self.embodiments[name] = embodiment
 
     def to_dict(self) -> dict:
         """What `save_pretrained` writes: robots in their JSON form."""
         embodiments = {name: embodiment.to_dict() for name, embodiment in self.embodiments.items()}
-        values = {**super().to_dict(), "embodiments": embodiments}
-        if self._codec is not None:
-            values["action_codec"] = {"fingerprint": self._codec.fingerprint()}
+        values = {**super().to_dict(), "embodiments": embodiments, "prompt_format": self.prompt_format.to_dict()}
+        if self.action_codec is not None:
+            values["action_codec"] = {"fingerprint": self.action_codec.fingerprint()}
         return values
 
     def get_embodiment(self, name: str | None = None) -> Embodiment:
@@ -412,16 +384,18 @@ class WallVLAProcessor(ProcessorMixin):
             patches (`bool`): False leaves `pixel_values` out, for whoever makes them on a device.
         Returns:
             `BatchFeature` with
-            - **input_ids**, **attention_mask**, **mm_token_type_ids** (B, S) int64, padded on the left.
+            - **input_ids**, **attention_mask**, **mm_token_type_ids** (B, S) int64, padded on the left, or rows of one
+              layout (`PromptFormat.num_views`).
             - **pixel_values** (patches, channels * temporal * patch^2) float32 and **image_grid_thw** (images, 3)
-              int64, if there are images, sample by sample.
+              int64, if there are images, sample by sample. Square images: (images, 3, side, side), and no grid.
             - **labels** (B, S) int64, if a sample has an answer: the answer and its end of turn, -100 elsewhere; with
               an action codec also the discrete tokens of the actions.
             - **action_mask** (B, H, D) bool and **domain_ids** (B,) int64, if there is an action sample: the steps and
               channels that mean something. False for multimodal samples.
             - **action_padding** (B, D) float32, beside `action_mask`: the normalised value of channels that the robot
               lacks; the model starts and ends its path there.
-            - **states** (B, state_dim) float32 and **state_mask** (B, state_dim) bool, if the state is projected.
+            - **states** (B, state_dim) float32 and **state_mask** (B, state_dim) bool, if the state is projected or
+              for the expert: 0 and False for samples without one.
             - **actions** (B, H, D) float32, if the samples have actions: normalised, 0 where masked.
         Raises:
             ValueError: what was found, which rule it breaks and what to do, for every input that does not fit.
@@ -431,32 +405,35 @@ class WallVLAProcessor(ProcessorMixin):
         groups = self._group_by_embodiment(samples)
         images = [self.ordered_images(sample, index) for index, sample in enumerate(samples)]
         frames = [self.as_array(image) for image in chain.from_iterable(images)]
-        patch, sizes = self.image_processor.patch_size, [self.resized_size(frame.shape[1::-1]) for frame in frames]
-        grids = np.array([[1, height // patch, width // patch] for width, height in sizes], dtype=np.int64)
-        values = self._state_values(samples, groups)
-        if self.proprioception == "text":
-            states = {row: " ".join(map(str, np.digitize(line, self._bin_edges) - 1)) for row, line in values.items()}
-        else:
-            states = dict.fromkeys(values, STATE_TOKEN)
-        prompts = [self._prompt(sample, states.get(index, "")) for index, sample in enumerate(samples)]
+        counts, layout = self._images.layout([self.resized_size(frame.shape[1::-1]) for frame in frames])
+        values = {} if self.proprioception == "none" else state_values(samples, groups, self.state_dim)
+        prompts = [self._prompt(sample, values.get(index)) for index, sample in enumerate(samples)]
         answers = [sample.get("answer") if "text" in sample else None for sample in samples]
-        image_counts = np.array([len(row) for row in images])
-        actions = self._actions(samples, groups) if groups else {}
+        actions = action_arrays(samples, groups, self.action_horizon, self.action_dim) if groups else {}
         # Only in training, where the chunk is known: inference stops at the assistant's turn
         discrete = (
             self._action_token_rows(samples, groups, actions)
-            if self._codec is not None and "actions" in actions
+            if self._action_tokens is not None and "actions" in actions
             else {}
         )
         longest = self.max_length if max_length is None else max_length
-        data = self._tokens(prompts, answers, image_counts, grids, longest, discrete)
-        if len(grids):
-            data["image_grid_thw"] = grids
-        if len(grids) and patches:
-            data["pixel_values"] = self._patches([self._resized(frame) for frame in frames])
+        rows, learned = self._rows(samples, prompts, answers, discrete)
+        data = token_arrays(
+            rows,
+            learned,
+            [len(row) for row in images],
+            counts,
+            self.tokenizer,
+            self.prompt_format.image_token,
+            longest,
+        )
+        if frames:
+            data.update(layout)
+        if frames and patches:
+            data["pixel_values"] = self._images.pixels([self._resized(frame) for frame in frames])
         data.update(actions)
-        if groups and self.proprioception == "projected":
-            data.update(self._projected_states(len(samples), values, groups))
+        if groups and self.proprioception in ("projected", "expert"):
+            data.update(state_arrays(len(samples), values, groups, self.state_dim))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _group_by_embodiment(self, samples: list[dict]) -> list[tuple[Embodiment, list[int]]]:
@@ -477,11 +454,11 @@ class WallVLAProcessor(ProcessorMixin):
         images = sample.get("images")
         if "text" in sample:
             return list(images) if images is not None else []
-        embodiment = self.get_embodiment(sample.get("embodiment"))
+        embodiment = self._robot(sample)
         if images is not None and not isinstance(images, dict):
             raise ValueError(
                 f"Found images of type {type(images).__name__} in sample {index}. A robot's images are given by "
-                f"camera: {{{next(iter(embodiment.cameras))!r}: image, ...}}."
+                f"camera: {{{next(iter(embodiment.cameras), 'camera')!r}: image, ...}}."
             )
         given = {short_camera_key(key): image for key, image in (images or {}).items()}
         cameras = self._cameras(sample)
@@ -496,272 +473,104 @@ class WallVLAProcessor(ProcessorMixin):
 
     def _cameras(self, sample: dict) -> dict[str, str]:
         """{dataset key: spoken label} of the cameras in a sample's prompt: its robot's, but for dropped ones."""
-        cameras = self.get_embodiment(sample.get("embodiment")).cameras
+        cameras = self._robot(sample).cameras
         dropped = {short_camera_key(key) for key in sample.get("dropped_cameras", ())}
         kept = {key: label for key, label in cameras.items() if short_camera_key(key) not in dropped}
-        if not kept:
+        if cameras and len(kept) < self.prompt_format.fewest_views:
             raise ValueError(
-                f"Found dropped_cameras {', '.join(sorted(dropped))}: no camera is left. Keep at least one."
+                f"Found dropped_cameras {', '.join(sorted(dropped))}: {len(kept) or 'no'} camera is left. Keep at "
+                f"least {self.prompt_format.fewest_views}."
             )
         return kept
 
+    def _robot(self, sample: dict) -> Embodiment:
+        return self.get_embodiment(sample.get("embodiment"))
+
     # ---- images -------------------------------------------------------------------------------------------------
+
+    as_array = staticmethod(as_array)
+
+    @property
+    def pixel_table(self) -> np.ndarray:
+        """Colour normalisation for every uint8 value: float32 (channels, 256)."""
+        return self._images.pixel_table
 
     def resized_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Size (width, height) at which the model sees an image of `image_size` (width, height), in pixels."""
-        width, height = self.longest_side_size(image_size)
-        if self.image_processor.do_resize:
-            height, width = smart_resize(
-                height,
-                width,
-                factor=self.image_processor.patch_size * self.image_processor.merge_size,
-                min_pixels=self.image_processor.size["shortest_edge"],
-                max_pixels=self.image_processor.size["longest_edge"],
-            )
-        return width, height
+        return self._images.final_size(self.longest_side_size(image_size))
 
     def longest_side_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The longer side at `longest_side`, aspect kept: `resized_size` before the sides are whole patches."""
-        (width, height), side = image_size, self.longest_side
-        if side is None or max(width, height) == side:
-            return width, height
-        if width > height:
-            return side, max(1, int(side * height / width))
-        return max(1, int(side * width / height)), side
+        return longest_side_size(image_size, self.longest_side)
 
-    @staticmethod
-    def as_array(image: ImageLike) -> np.ndarray:
-        """PIL image or uint8 array to an RGB uint8 array (h, w, 3), or ValueError."""
-        if isinstance(image, Image.Image):
-            return np.asarray(image) if image.mode == "RGB" else convert_to_rgb(image, return_numpy=True)
-        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size):
-            found = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise ValueError(
-                f"Found an image that is a {found}. Images are PIL images or uint8 arrays (height, width, 3) in RGB "
-                f"order; convert it."
-            )
-        return image
-
-    def _resized(self, image: ImageLike) -> np.ndarray:
-        """PIL image or uint8 array (h, w, 3) to the uint8 array (h', w', 3) that is cut into patches."""
-        image = self.as_array(image)
+    def _resized(self, frame: np.ndarray) -> np.ndarray:
+        """Frame (h, w, 3) uint8 at the size at which the model sees it."""
         # Two steps, as the published checkpoints were trained: first the longer side, then whole patches.
-        for target, resample in (
-            (self.longest_side_size(image.shape[1::-1]), Image.Resampling.BICUBIC),
-            (self.resized_size(image.shape[1::-1]), self.image_processor.resample),
-        ):
-            if target != image.shape[1::-1]:
-                image = np.asarray(Image.fromarray(image).resize(target, resample))
-        return image
-
-    def _patches(self, images: list[np.ndarray]) -> np.ndarray:
-        """What the image processor makes of images that have their final size, bit for bit, but in one go.
-
-        Args:
-            images: uint8 arrays (h, w, 3) with sides that are multiples of patch_size * merge_size.
-        Returns:
-            Patches (patches, channels * temporal * patch^2) float32.
-        """
-        patch, merge = self.image_processor.patch_size, self.image_processor.merge_size
-        temporal = self.image_processor.temporal_patch_size
-        count = sum(image.shape[0] * image.shape[1] for image in images) // patch**2
-        pixels = np.empty((count, 3, temporal, patch * patch), dtype=np.float32)
-        start = 0
-        for (height, width, _), run in groupby(images, key=np.shape):
-            stacked = np.stack(list(run))
-            rows, columns = height // patch, width // patch
-            stop = start + len(stacked) * rows * columns
-            # (image, row, row in block, y, column, column in block, x, channel); a block is what the model merges
-            stacked = stacked.reshape(-1, rows // merge, merge, patch, columns // merge, merge, patch, 3)
-            stacked = stacked.transpose(0, 1, 4, 2, 5, 7, 3, 6).reshape(stop - start, 3, patch * patch)
-            for channel in range(3):
-                # uint8 has 256 values, so looking the normalised ones up gives the same numbers as computing them.
-                pixels[start:stop, channel] = self.pixel_table[channel][stacked[:, channel]][:, None]
-            start = stop
-        return pixels.reshape(count, 3 * temporal * patch * patch)
+        longer, final = self.longest_side_size(frame.shape[1::-1]), self.resized_size(frame.shape[1::-1])
+        return resize(resize(frame, longer, Image.Resampling.BICUBIC), final, self.image_processor.resample)
 
     # ---- text ---------------------------------------------------------------------------------------------------
 
-    def _prompt(self, sample: dict, state: str) -> str:
-        """Prompt of a sample, with one image token per image."""
+    def _prompt(self, sample: dict, state: np.ndarray | None) -> str:
+        """Prompt of a sample, with one image token per image that is inside it."""
         if "text" in sample:
-            images = IMAGE_PLACEHOLDER * len(sample.get("images") or [])
-            return TEXT_PROMPT.format(prompt=self.text_system_prompt, images=images, text=sample["text"])
-        embodiment = self.get_embodiment(sample.get("embodiment"))
-        observation = "".join(f" {label}: {IMAGE_PLACEHOLDER}" for label in self._cameras(sample).values())
-        return ACTION_PROMPT.format(
-            prompt=embodiment.prompt, observation=observation, instruction=sample["instruction"], state=state
-        )
+            images = sample.get("images")
+            return self.prompt_format.write_text(
+                self.text_system_prompt, 0 if images is None else len(images), sample["text"]
+            )
+        numbers = None
+        if state is not None and self.proprioception == "text":
+            numbers = list(np.digitize(np.clip(state, -1, 1), self._bin_edges) - 1)
+        elif state is not None and self.proprioception == "projected":
+            numbers = [STATE_TOKEN]
+        robot, labels = self._robot(sample), list(self._cameras(sample).values())
+        return self.prompt_format.write_action(robot, labels, sample["instruction"], numbers)
 
-    def _state_values(self, samples: list[dict], groups: list) -> dict[int, np.ndarray]:
-        """{index of the sample: its normalised state, (state_dim,) or without `state_dim` (K,)}."""
-        found = {}
-        for embodiment, indices in groups:
-            rows = [
-                i for i in indices if samples[i].get("state") is not None and not samples[i].get("state_is_dropped")
-            ]
-            if not rows or not embodiment.state_channels.size:
-                continue
-            values = embodiment.encode_state(self._stack([samples[i]["state"] for i in rows], rows, "state", 1))
-            for value, row in zip(values, rows, strict=True):
-                if samples[row].get("state_noise") is not None:
-                    value[:] = np.clip(value + samples[row]["state_noise"][: len(value)], -1, 1)
-            if self.state_dim is not None:
-                padded = np.tile(embodiment.padding("state", self.state_dim).astype(np.float64), (len(rows), 1))
-                padded[:, embodiment.state_channels] = values
-                values = padded
-            found.update(zip(rows, values, strict=True))
-        return found
+    def _rows(
+        self, samples: list[dict], prompts: list[str], answers: list, discrete: dict[int, list[int]]
+    ) -> tuple[list[list[int]], list[list[bool]] | None]:
+        """Tokens of each sample and which of them are learned; an image is one token, a view without one NO_IMAGE.
 
-    def _projected_states(self, size: int, values: dict[int, np.ndarray], groups: list) -> dict[str, np.ndarray]:
-        """`states` and `state_mask`; see `encode`. Rows without a state are zero and have no token."""
-        states = np.zeros((size, self.state_dim), dtype=np.float32)
-        mask = np.zeros((size, self.state_dim), dtype=bool)
-        for embodiment, rows in groups:
-            for row in rows:
-                if row in values:
-                    states[row] = values[row]
-                    mask[row, embodiment.state_channels] = True
-        return {"states": states, "state_mask": mask}
-
-    @staticmethod
-    def _stack(values: list, rows: list[int], name: str, dimensions: int) -> np.ndarray:
-        values = [np.asarray(value, dtype=np.float64) for value in values]
-        for value, row in zip(values, rows, strict=True):
-            if value.ndim != dimensions or value.shape != values[0].shape:
-                raise ValueError(
-                    f"Found {name} of shape {value.shape} in sample {row} and {values[0].shape} in sample {rows[0]} "
-                    f"of the same embodiment. A {name} has {dimensions} dimension(s) and its layout fixes the last."
-                )
-        return np.stack(values)
-
-    def _tokens(
-        self,
-        prompts: list[str],
-        answers: list,
-        image_counts: np.ndarray,
-        grids: np.ndarray,
-        max_length: int | None,
-        discrete: dict[int, list[int]],
-    ) -> dict[str, np.ndarray]:
-        """Token arrays (B, S) of prompts and what follows them: answers, or discrete action tokens by sample.
-
-        See `encode`. `image_counts` (B,), `grids` (images, 3).
+        After the prompt follow the answer, or the discrete action tokens by sample; without any, nothing is learned.
         """
         # Answers are tokenised on their own, because `generate` continues a prompt that was tokenised without them.
         answered = [index for index, answer in enumerate(answers) if answer is not None]
-        texts = prompts + [f"{answers[index]}{END_TOKEN}\n" for index in answered]
-        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        rows, learned = ids[: len(prompts)], [[False] * len(row) for row in ids[: len(prompts)]]
-        for index, answer in zip(answered, ids[len(prompts) :], strict=True):
+        texts = [f"{answers[index]}{self.prompt_format.end_token}\n" for index in answered]
+        special = self.prompt_format.special_tokens
+        rows = self.tokenizer(prompts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+        if self.prompt_format.num_views:
+            rows = [self._row_of_views(samples[index], row, index) for index, row in enumerate(rows)]
+        learned = [[False] * len(row) for row in rows]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        for index, answer in zip(answered, ids, strict=True):
             end = len(answer) - answer[::-1].index(self.end_token_id)  # the newline after it belongs to the next turn
             rows[index] = rows[index] + answer
             learned[index] += [True] * end + [False] * (len(answer) - end)
         for index, tokens in discrete.items():
             rows[index] = rows[index] + tokens
             learned[index] += [token != self.end_token_id for token in tokens]
+        return rows, learned if answered or discrete else None
 
-        size = len(prompts)
-        tokens = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
-        row_of = np.repeat(np.arange(size), [len(row) for row in rows])
-        is_image = tokens == self.image_token_id
-        found = np.bincount(row_of[is_image], minlength=size)
-        for index in np.flatnonzero(found != image_counts):
+    def _row_of_views(self, sample: dict, language: list[int], index: int) -> list[int]:
+        """[first view, language at its fixed length, the other views], each view one token; see `PromptFormat`."""
+        length = self.prompt_format.language_length
+        if len(language) > length:
             raise ValueError(
-                f"Found {found[index]} image tokens for {image_counts[index]} image(s) in sample {index}. The text "
-                f"must not contain {IMAGE_TOKEN}: the processor writes one per image. Remove it."
+                f"Found {len(language)} tokens of language in sample {index}, the prompt format has room for "
+                f"{length}. Cutting would change the task: shorten the instruction."
             )
-        repeats = np.ones(len(tokens), dtype=np.int64)
-        if len(grids):
-            repeats[is_image] = grids.prod(axis=1) // self.image_processor.merge_size**2
-        tokens, row_of = np.repeat(tokens, repeats), np.repeat(row_of, repeats)
-
-        lengths = np.bincount(row_of, minlength=size)
-        longest = lengths.max()
-        if max_length is not None and longest > max_length:
+        kept = self._cameras(sample)
+        views = [self.image_token_id if key in kept else NO_IMAGE for key in self._robot(sample).cameras]
+        if views[0] == NO_IMAGE:
             raise ValueError(
-                f"Found {longest} tokens in sample {lengths.argmax()}, max_length is {max_length}. Cutting would "
-                f"remove image tokens or the instruction: raise max_length, or lower longest_side."
+                f"Found dropped_cameras in sample {index} with {next(iter(self._robot(sample).cameras))}, the main "
+                f"view, which is read together with the language. Keep it (`drop_cameras(always_keep=...)`)."
             )
-        where = row_of, np.arange(len(tokens)) - np.cumsum(lengths)[row_of] + longest  # flush right
-        input_ids = np.full((size, longest), self.tokenizer.pad_token_id, dtype=np.int64)
-        input_ids[where] = tokens
-        attention_mask = np.zeros_like(input_ids)
-        attention_mask[where] = 1
-        data = {"input_ids": input_ids, "attention_mask": attention_mask}
-        data["mm_token_type_ids"] = (input_ids == self.image_token_id).astype(np.int64)
-        if answered or discrete:
-            is_learned = np.repeat(np.fromiter(chain.from_iterable(learned), dtype=bool), repeats)
-            data["labels"] = np.full_like(input_ids, -100)
-            data["labels"][where] = np.where(is_learned, tokens, -100)
-        return data
+        views += [NO_IMAGE] * (self.prompt_format.num_views - len(views))
+        padding = [self.tokenizer.pad_token_id] * (length - len(language))
+        return [views[0], *language, *padding, *views[1:]]
 
     # ---- actions ------------------------------------------------------------------------------------------------
-
-    def _actions(self, samples: list[dict], groups: list) -> dict[str, np.ndarray]:
-        """`action_mask`, `action_padding`, `domain_ids` and, if the samples have them, `actions`; see `encode`."""
-        shape = (len(samples), self.action_horizon, self.action_dim)
-        data = {
-            "action_mask": np.zeros(shape, dtype=bool),
-            "action_padding": np.zeros((len(samples), self.action_dim), dtype=np.float32),
-            "domain_ids": np.zeros(len(samples), dtype=np.int64),
-        }
-        indices = sorted(chain.from_iterable(rows for _, rows in groups))
-        without = [index for index in indices if samples[index].get("actions") is None]
-        if without and len(without) < len(indices):
-            raise ValueError(
-                f"Found no `actions` in sample {without[0]}, though other samples have them. A batch is for training "
-                f"(all action samples have `actions`) or for inference (none has)."
-            )
-        if not without:
-            data["actions"] = np.zeros(shape, dtype=np.float32)
-        for embodiment, rows in groups:
-            data["domain_ids"][rows] = embodiment.domain
-            data["action_padding"][rows] = embodiment.padding("action", self.action_dim)
-            if without:
-                where = np.ix_(rows, np.arange(embodiment.action_horizon), embodiment.action_channels)
-                data["action_mask"][where] = True
-                continue
-            by_steps = {}  # chunks near the end of an episode may be shorter
-            for row in rows:
-                by_steps.setdefault(len(samples[row]["actions"]), []).append(row)
-            for steps, rows_of_steps in by_steps.items():
-                values, valid = self._encoded_chunks(samples, embodiment, rows_of_steps, steps)
-                where = np.ix_(rows_of_steps, np.arange(steps), embodiment.action_channels)
-                data["actions"][where] = np.where(valid, values, 0.0)
-                data["action_mask"][where] = valid
-        return data
-
-    def _encoded_chunks(
-        self, samples: list[dict], embodiment: Embodiment, rows: list[int], steps: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Normalised chunks (rows, steps, K) and which steps are real, (rows, steps, 1) bool."""
-        if steps > embodiment.action_horizon:
-            raise ValueError(
-                f"Found {steps} action steps in sample {rows[0]}, the embodiment's action_horizon is "
-                f"{embodiment.action_horizon}. Cut the chunk to that many steps when reading the dataset."
-            )
-        states = None
-        if embodiment.reference_frame != "absolute":
-            stateless = [row for row in rows if samples[row].get("state") is None]
-            if stateless:
-                raise ValueError(
-                    f"Found no state in sample {stateless[0]}, whose actions are {embodiment.reference_frame}: they "
-                    f"are measured from the current pose. Pass it; `state_is_dropped` keeps it out of the prompt."
-                )
-            states = self._stack([samples[row]["state"] for row in rows], rows, "state", 1)
-        chunks = self._stack([samples[row]["actions"] for row in rows], rows, "actions", 2)
-        is_pad = np.zeros((len(rows), steps), dtype=bool)
-        for line, row in enumerate(rows):
-            if samples[row].get("action_is_pad") is not None:
-                flags = np.asarray(samples[row]["action_is_pad"], dtype=bool)
-                if flags.shape != (steps,):
-                    raise ValueError(
-                        f"Found action_is_pad of shape {flags.shape} and {steps} action steps in sample {row}. Each "
-                        f"step has one entry."
-                    )
-                is_pad[line] = flags
-        return embodiment.encode_actions(chunks, states), ~is_pad[..., None]
 
     def decode_actions(
         self, chunk: torch.Tensor | np.ndarray, state: ArrayLike | None = None, embodiment: str | None = None
@@ -820,8 +629,9 @@ class WallVLAProcessor(ProcessorMixin):
             `points` [(x, y)] and `boxes` [(x1, y1, x2, y2)]: lists of tuples of floats, clamped to the image.
         """
         points, boxes = find_elements(text)
-        points = [self._to_original(point, image_size) for point in points]
-        boxes = [self._to_original(box, image_size) for box in boxes]
+        resized = self.resized_size(image_size)
+        points = [to_original(point, resized, image_size) for point in points]
+        boxes = [to_original(box, resized, image_size) for box in boxes]
         return points, [box for box in boxes if box[0] <= box[2] and box[1] <= box[3]]
 
     def grounding_prompt(self, kind: str, subject: str) -> str:
@@ -836,7 +646,7 @@ class WallVLAProcessor(ProcessorMixin):
             kind (`str`): of the question.
             image_size: (width, height) of the original image.
         """
-        text = text.split(END_TOKEN)[0].strip()
+        text = text.split(self.prompt_format.end_token)[0].strip()
         return read_answer(kind, text, *self.parse_grounding(text, image_size))
 
     def answer_constraint(self, kind: str, image_sizes: list[tuple[int, int]]) -> CoordinateConstraint:
@@ -857,11 +667,11 @@ class WallVLAProcessor(ProcessorMixin):
 
     def format_point(self, point: Sequence[float], image_size: tuple[int, int]) -> str:
         """Inverse of `parse_grounding` for a point (x, y) in pixels of the original image; rounds to whole pixels."""
-        return f"<point>{self._to_resized(point, image_size)}</point>"
+        return f"<point>{to_resized(point, self.resized_size(image_size), image_size)}</point>"
 
     def format_box(self, box: Sequence[float], image_size: tuple[int, int]) -> str:
         """Inverse of `parse_grounding` for a box (x1, y1, x2, y2) in pixels of the original image."""
-        return f"<box>{self._to_resized(box, image_size)}</box>"
+        return f"<box>{to_resized(box, self.resized_size(image_size), image_size)}</box>"
 
     def format_points(self, points: Sequence[Sequence[float]], image_size: tuple[int, int]) -> str:
         """Several points, or a trajectory in the order of time: one `<point>` after the other."""
@@ -870,20 +680,6 @@ class WallVLAProcessor(ProcessorMixin):
     def format_boxes(self, boxes: Sequence[Sequence[float]], image_size: tuple[int, int]) -> str:
         """Several boxes, one after the other."""
         return "".join(self.format_box(box, image_size) for box in boxes)
-
-    def _to_original(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> tuple[float, ...]:
-        resized = self.resized_size(image_size)
-        return tuple(
-            min(max(value * image_size[axis % 2] / resized[axis % 2], 0.0), float(image_size[axis % 2]))
-            for axis, value in enumerate(coordinates)
-        )
-
-    def _to_resized(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> list[int]:
-        resized = self.resized_size(image_size)
-        return [
-            round(min(max(value / image_size[axis % 2], 0.0), 1.0) * resized[axis % 2])
-            for axis, value in enumerate(coordinates)
-        ]
 
 
 def _check_fingerprints(found: str | None, trained: str | None, ours: str, theirs: str) -> None:

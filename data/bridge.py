@@ -533,9 +533,9 @@ def _arm_facts(states: np.ndarray, embodiment: Embodiment, arm: str) -> tuple[np
         return None, None
     values = embodiment.transform_state(states)
     channels = {int(channel): column for column, channel in enumerate(embodiment.state_channels)}
-    first = 0 if arm == "left" else 10  # canonical channels: position 0-2, rotation 3-8, gripper 9
-    positions = values[:, [channels[first + axis] for axis in range(3)]] if first in channels else None
-    return positions, values[:, channels[first + 9]] if first + 9 in channels else None
+    position, gripper = embodiment.channels_of(f"{arm}_ee_position"), embodiment.channels_of(f"{arm}_gripper")[0]
+    positions = values[:, [channels[channel] for channel in position]] if position[0] in channels else None
+    return positions, values[:, channels[gripper]] if gripper in channels else None
 
 
 def frames_of_demonstration(demonstration, *, fps: float, horizon_s: float = 1.0) -> Iterator[BridgeFrame]:

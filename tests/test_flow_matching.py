@@ -13,6 +13,7 @@ from wallvla.flow_matching_wallvla import (
     guidance_weight,
     identity_guidance,
     interpolate,
+    loss_count,
     masked_mean,
     prefix_guidance,
     prefix_weights,
@@ -86,8 +87,18 @@ def test_masked_means_against_loops():
     values, mask = torch.randn(4, 6, 3), torch.rand(4, 6, 3) > 0.4
     mask[..., 2] = False  # a channel that no sample has
     torch.testing.assert_close(masked_mean(values, mask), values[mask].mean())
-    per_channel = torch.stack([values[..., c][mask[..., c]].mean() for c in range(2)]).mean()
+    mask[3] = False  # a sample without actions
+    mask[0, :, 1] = False  # a channel that this robot lacks
+    means = [[values[b, mask[b, :, c], c].mean() for c in range(3) if mask[b, :, c].any()] for b in range(3)]
+    per_channel = torch.stack([torch.stack(row).mean() for row in means]).mean()
     torch.testing.assert_close(masked_mean(values, mask, "per_channel"), per_channel)
+    assert loss_count(mask, "per_channel") == 3 and loss_count(mask, "per_element") == mask.sum()
+    weights = [2.0, 0.5, 7.0]
+    sums = [
+        sum(w * values[b, mask[b, :, c], c].mean() for c, w in enumerate(weights) if mask[b, :, c].any())
+        for b in range(3)
+    ]
+    torch.testing.assert_close(masked_mean(values, mask, "per_channel", weights), torch.stack(sums).mean())
     assert masked_mean(values, torch.zeros_like(mask)) == 0
     assert masked_mean(values, torch.zeros_like(mask), "per_channel") == 0
 

@@ -14,7 +14,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from wallvla import ops_wallvla
-from wallvla.modeling_wallvla import WallVLARMSNorm
+from wallvla.action_experts_wallvla import WallVLARMSNorm
 from wallvla.ops_wallvla import (
     TORCH_OPS,
     HubLayer,

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PYPROJECT["tool"]["setuptools"]["packages"]
 
-MODEL = {"configuration_wallvla", "flow_matching_wallvla", "ops_wallvla", "modeling_wallvla"}
+FORMULAS = {"configuration_wallvla", "flow_matching_wallvla", "ops_wallvla"}
+EXPERTS = {"vl_experts_wallvla", "action_experts_wallvla"}
+MODEL = FORMULAS | EXPERTS | {"modeling_wallvla"}
 # Room -> the rooms that it may import: the layout table of the design. Arrows point one way, so there are no cycles.
 MAY_IMPORT = {
     "configuration_wallvla": set(),
@@ -31,12 +33,26 @@ MAY_IMPORT = {
     "flow_matching_wallvla": set(),
     "ops_wallvla": set(),
     "grounding_wallvla": set(),
-    "modeling_wallvla": MODEL - {"modeling_wallvla"},
+    "vl_experts_wallvla": set(),
+    "action_experts_wallvla": {"configuration_wallvla", "ops_wallvla", "vl_experts_wallvla"},
+    "modeling_wallvla": FORMULAS | EXPERTS,
     "action_codec_wallvla": set(),
     "baseline_codecs_wallvla": {"action_codec_wallvla"},
-    "processing_wallvla": {"action_space_wallvla", "baseline_codecs_wallvla", "grounding_wallvla"},
+    "images_wallvla": set(),
+    "batches_wallvla": {"action_space_wallvla"},
+    "prompts_wallvla": {"action_space_wallvla"},
+    "action_tokens_wallvla": {"action_space_wallvla", "baseline_codecs_wallvla"},
+    "processing_wallvla": {
+        "action_space_wallvla",
+        "action_tokens_wallvla",
+        "baseline_codecs_wallvla",
+        "batches_wallvla",
+        "grounding_wallvla",
+        "images_wallvla",
+        "prompts_wallvla",
+    },
     "data": {"action_space_wallvla"},
-    "conversion": {"configuration_wallvla", "action_space_wallvla", "modeling_wallvla", "processing_wallvla"},
+    "conversion": MODEL | {"action_space_wallvla", "images_wallvla", "processing_wallvla", "prompts_wallvla"},
     "trainers": MODEL | {"action_space_wallvla", "action_codec_wallvla", "data"},
     "inference": MODEL,
     "evaluation": set(),

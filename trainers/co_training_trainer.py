@@ -14,7 +14,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..data.mixture import CoTrainingMixture
-from ..flow_matching_wallvla import sample_time
+from ..flow_matching_wallvla import loss_count, sample_time
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from .co_training_config import CoTrainingConfig
 from .distributed import DATA_STATE, complete_batch, discard_unfinished, last_checkpoint, unfinished_marker
@@ -94,8 +94,9 @@ class CoTrainingTrainer(Trainer):
     ):
         if processing_class is not None:
             processing_class.check_model(model.config)
-        if args.loss_space is not None:
-            model.config.loss_space = args.loss_space
+        for name in ("loss_space", "time_sampler", "text_loss_weight"):
+            if vars(args)[name] is not None:
+                setattr(model.config, name, vars(args)[name])
         if args.freeze:
             freeze(model, args.freeze)
         callbacks = [*(callbacks or ()), *build_instruments(model, args, processing_class)]
@@ -153,7 +154,8 @@ class CoTrainingTrainer(Trainer):
         """How many action elements, discrete action tokens and text tokens a batch trains on. (3,) float32."""
         counts = torch.zeros(3)
         if "action_mask" in batch and "actions" in batch:
-            counts[0] = batch["action_mask"].sum()
+            reduction = self.accelerator.unwrap_model(self.model).config.loss_reduction
+            counts[0] = loss_count(batch["action_mask"], reduction)
         if "labels" in batch:
             targets = self._labels(batch)[:, 1:]
             of_action = self.accelerator.unwrap_model(self.model).is_action_token(targets)

@@ -132,7 +132,7 @@ def test_the_norm_of_the_model_uses_the_kernel(repository, tmp_path):
 from kernels import Mode, kernelize, register_kernel_mapping
 from kernels import KernelizeFallback
 from wallvla import ops_wallvla
-from wallvla.modeling_wallvla import WallVLARMSNorm
+from wallvla.action_experts_wallvla import WallVLARMSNorm
 
 norm = WallVLARMSNorm(16, 1e-6)
 own = norm(gate_up)
