@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_actions, tiny_batch_of, tiny_model_of
 from torch.distributions import Normal
 from transformers import AutoModel, AutoProcessor
 
@@ -22,7 +23,7 @@ from wallvla.flow_matching_wallvla import time_grid
 from wallvla.modeling_wallvla import WallVLAForConditionalGeneration
 from wallvla.quickstart import QuickstartConfig, build_model, build_processor
 from wallvla.trainers import flow_ppo_trainer
-from wallvla.trainers.flow_policy import Draws
+from wallvla.trainers.flow_policy import Draws, FlowActorCritic
 from wallvla.trainers.flow_ppo_config import FlowPPOConfig
 from wallvla.trainers.flow_ppo_trainer import FlowPPOTrainer
 from wallvla.trainers.parameter_groups import part_of
@@ -267,6 +268,26 @@ def test_log_probability_equals_a_float64_computation(processor, tmp_path, stoch
         np.testing.assert_allclose(batch.log_prob.numpy(), expected, rtol=1e-4, atol=1e-3)
         at_rollout = [c.step_log_prob[: c.executed].sum().item() for c in batch.chunks]
         np.testing.assert_allclose(at_rollout, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind,vlm", [("mot", "qwen2_5_vl"), ("dit", "qwen2_5_vl"), ("dit", "qwen3_5"), ("soft_prompt", "florence2")]
+)
+def test_every_kind_of_expert_acts_with_a_probability(kind, vlm):
+    """The score of what was sampled is the density at sampling, exactly, and its gradient reaches expert and VLM."""
+    model, batch = tiny_model_of(kind, vlm), tiny_batch_of(vlm, padding=0 if vlm == "florence2" else 2)
+    policy = FlowActorCritic(model, FlowPPOConfig(noise_level=0.7, score_whole_chunk=True))
+    mask = tiny_actions(2)["action_mask"]
+    inputs = batch | {"action_mask": mask, "action_padding": torch.zeros(2, 4)}
+    draws = Draws.stack([Draws.of_key((8, 4), 5, "all", seed) for seed in range(2)], torch.device("cpu"))
+    actions, transitions, log_prob = policy.sample(inputs, draws)
+    assert actions.isfinite().all() and (actions[~mask] == 0).all()
+    scores = [policy(inputs, transitions, mask, context)[0] for context in (None, policy.encode(inputs))]
+    assert torch.equal(scores[0], scores[1])
+    torch.testing.assert_close(scores[0].detach(), log_prob.sum(dim=1), rtol=1e-5, atol=1e-4)
+    scores[0].sum().backward()
+    for part in (model.action_expert, model.vlm):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
 
 
 def test_only_channels_and_steps_that_were_executed_count(processor, tmp_path):
