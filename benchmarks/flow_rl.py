@@ -55,9 +55,9 @@ def make_start(run: Path, output: Path) -> Path:
 
 
 def improve(start: Path, output: Path, seed: int, iterations: int) -> Path:
-    """PPO from the start policy."""
+    """PPO from the start policy; more iterations only add to those that are there."""
     folder = output / f"seed-{seed}"
-    if not (folder / "hub").exists():
+    if not (folder / "hub").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < iterations:
         options = RolloutArguments(
             str(start), [f"metaworld/{TASK}"], max_steps=TIME_LIMIT, num_workers=1, envs_per_worker=16
         )
@@ -139,8 +139,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of a finished quickstart")
     parser.add_argument("--output", type=Path, default=Path("runs/flow-rl"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--episodes", type=int, default=60, help="held-out scenes")
+    parser.add_argument("--iterations", type=int, default=8)
+    parser.add_argument("--episodes", type=int, default=50, help="held-out scenes")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only write flow_rl.json and flow_rl.md there")
     options = parser.parse_args()
     if options.report is None:

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoProcessor
 
 from wallvla import cli, register_auto_classes
 from wallvla.action_space_wallvla import Embodiment
+from wallvla.evaluation.policy import HubPolicy
 from wallvla.evaluation.rollouts import RolloutPool, rollout_spec
 from wallvla.flow_matching_wallvla import time_grid
 from wallvla.modeling_wallvla import WallVLAForConditionalGeneration
@@ -335,6 +336,20 @@ def test_the_ratio_is_exactly_one_under_autocast(processor, tmp_path):
         batches[0].inputs, batches[0].transitions, batches[0].scored, None
     )
     assert not torch.equal(in_float32, batches[0].log_prob)
+
+
+def test_at_temperature_zero_a_policy_has_one_answer(processor):
+    model, seen = small_model(processor), {"images": {"front": IMAGE}, "state": np.array([0.2, -0.5])}
+    answers = {}
+    for temperature in (0.0, 0.5, 1.0):
+        policy = HubPolicy(model, processor, ROBOT, temperature=temperature)
+        answers[temperature] = []
+        for seed in (1, 2):
+            policy.reset(seed)
+            answers[temperature].append(policy.act(seen, "go"))
+    assert np.array_equal(*answers[0.0])
+    spread = {temperature: np.abs(first - second).max() for temperature, (first, second) in answers.items()}
+    assert 0 < spread[0.5] < spread[1.0]
 
 
 def test_the_value_reaches_its_head_alone(processor, tmp_path):
