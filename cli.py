@@ -34,6 +34,7 @@ EXAMPLES = {
     "push": "wallvla push runs/quickstart/hub OWNER/NAME",
     "train-codec": "wallvla train-codec --dataset runs/quickstart/dataset --vision runs/quickstart/hub "
     "--model runs/quickstart/hub --output-dir runs/codec",
+    "train-rl": "wallvla train-rl --config examples/train_rl.yaml --model runs/quickstart/hub",
 }
 SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
@@ -60,6 +61,7 @@ SUMMARIES = {
     "demo": "the Space in your browser, for a checkpoint on this machine",
     "push": "a model, Space, kernel or dataset folder to the Hub",
     "train-codec": "train an action codec, the tokens of the discrete pathway, on LeRobot datasets",
+    "train-rl": "improve a checkpoint by its own episodes in simulators: PPO on the flow policy",
 }
 
 
@@ -711,6 +713,19 @@ def _train_codec(arguments: list[str]) -> None:
     print(f"wrote {train_codec(options, args)}")
 
 
+def _train_rl(arguments: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from . import register_auto_classes
+    from .reinforcement_learning import RolloutArguments, train_rl
+    from .trainers.flow_ppo_config import FlowPPOConfig
+
+    parser = _finish(HfArgumentParser((RolloutArguments, FlowPPOConfig)), "train-rl")
+    options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:2]
+    register_auto_classes()
+    print(f"wrote {train_rl(options, args)}")
+
+
 COMMANDS = {
     "quickstart": _quickstart,
     "train": _train,
@@ -736,6 +751,7 @@ COMMANDS = {
     "demo": _demo,
     "push": _push,
     "train-codec": _train_codec,
+    "train-rl": _train_rl,
 }
 
 

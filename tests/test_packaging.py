@@ -66,6 +66,7 @@ MAY_IMPORT_ALL = {
     "grounding_report",
     "publish",
     "quickstart",
+    "reinforcement_learning",
     "benchmarks",
     "examples",
     "docs",
