@@ -101,6 +101,10 @@ class Qwen25VL:
         """The stock module with random weights."""
         return AutoModelForImageTextToText.from_config(self.config)
 
+    def adopt(self, stock: nn.Module) -> nn.Module:
+        """What a stock model with its LM head is here: the same, for VLMs that are kept whole."""
+        return stock
+
     def lm_head(self, vlm: nn.Module) -> nn.Module:
         """Hidden states (..., C) to logits (..., vocabulary)."""
         return vlm.lm_head
@@ -251,7 +255,14 @@ class Florence2(Qwen25VL):
     """
 
     def build(self) -> nn.Module:
-        vlm = Florence2Model(self.config)
+        return self.without_decoder(Florence2Model(self.config))
+
+    def adopt(self, stock: nn.Module) -> nn.Module:
+        return self.without_decoder(stock.model)
+
+    @staticmethod
+    def without_decoder(vlm: Florence2Model) -> Florence2Model:
+        """The same module, less what makes text."""
         text = vlm.language_model
         del text.decoder
         # Of its two ties one is left, and each level has a list

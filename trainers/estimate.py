@@ -246,6 +246,25 @@ def shard(shape: torch.Size, ranks: int) -> int:
     return shape.numel() if not shape else -(-shape[0] // ranks) * shape[1:].numel()
 
 
+def optimizer_needs(
+    trained: list[tuple[str, nn.Parameter]], optimizer: str, bf16: bool, ranks: int
+) -> tuple[int, int, int]:
+    """Bytes of state and of buffers, and FLOPs of one step of the busiest rank; arguments of `estimate_training`."""
+    chosen = [(n, p) for n, p in trained if optimizer != "adamw" and is_muon_parameter(n, p)]
+    state = 8 * sum(shard(p.shape, ranks) for _, p in trained) - 4 * sum(shard(p.shape, ranks) for _, p in chosen)
+    if not chosen:
+        return state, 0, 0
+    matrices = logical_matrices([tuple(p.shape) for _, p in chosen], [count_parts(n) for n, _ in chosen])
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    plan = plan_buckets(matrices, ranks, bucket_size=BUCKET_SIZE, dtype=dtype)
+    elements = [max(sum(torch.Size(matrices[i].shape).numel() for i in own) for own in bucket) for bucket in plan]
+    # a bucket that is orthogonalised (whole, iterate, product), the next one and the last one on their way
+    buffers = 6 * max(elements) * dtype.itemsize
+    costs = [newton_schulz_flops(*m.shape, dtype=dtype) for m in matrices]
+    flops = max(sum(costs[i] for bucket in plan for i in bucket[rank]) for rank in range(ranks))
+    return state, buffers, flops
+
+
 def estimate_training(
     config: WallVLAConfig,
     workload: Workload,
@@ -272,19 +291,7 @@ def estimate_training(
     trained = [(name, p) for name, p in named if p.requires_grad]
     parameters = sum(shard(p.shape, ranks) * p.element_size() for _, p in named)
     gradients = sum(shard(p.shape, ranks) * 4 for _, p in trained)
-    chosen = [(n, p) for n, p in trained if optimizer != "adamw" and is_muon_parameter(n, p)]
-    state = 8 * sum(shard(p.shape, ranks) for _, p in trained) - 4 * sum(shard(p.shape, ranks) for _, p in chosen)
-    buffers = optimizer_flops = 0
-    if chosen:
-        matrices = logical_matrices([tuple(p.shape) for _, p in chosen], [count_parts(n) for n, _ in chosen])
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        plan = plan_buckets(matrices, ranks, bucket_size=BUCKET_SIZE, dtype=dtype)
-        elements = [max(sum(torch.Size(matrices[i].shape).numel() for i in own) for own in bucket) for bucket in plan]
-        # a bucket that is orthogonalised (whole, iterate, product), the next one and the last one on their way
-        buffers = 6 * max(elements) * dtype.itemsize
-        costs = [newton_schulz_flops(*m.shape, dtype=dtype) for m in matrices]
-        optimizer_flops = max(sum(costs[i] for bucket in plan for i in bucket[rank]) for rank in range(ranks))
-
+    state, buffers, optimizer_flops = optimizer_needs(trained, optimizer, bf16, ranks)
     small = one_layer_of_each(config)
     times = repeated_layers(small, whole)
     lists = sorted({path.rpartition(".")[0] for path in times})
