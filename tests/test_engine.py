@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -235,6 +236,18 @@ def test_plain_calls_of_threads_are_those_of_one():
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[i], wanted[i]) for i in range(4))
+
+
+def test_a_call_without_images():
+    model, processor = tiny_parts_of("mot", "qwen2_5_vl", proprioception="none")
+    processor.prompt_format = replace(processor.prompt_format, fewest_views=0)
+    engine = WallVLAEngine(model, processor, ops=TORCH_OPS)
+    blind = {"images": None, "dropped_cameras": list(TINY_ROBOT["cameras"]), "instruction": "press the button"}
+    found = engine.sample_actions([blind], noise())
+    assert torch.equal(found, expected(model, processor, [blind], noise())) and not engine.buckets
+    seeing = observation(size=(32, 32)) | {"embodiment": "robot"}
+    found = engine.sample_actions([seeing], noise())
+    assert largest(found - expected(model, processor, [seeing], noise())) < TOLERANCE and len(engine.buckets) == 1
 
 
 @pytest.mark.parametrize(
