@@ -32,7 +32,7 @@ EXECUTE_STEPS = 8
 PPO = {
     "episodes": 64,
     "noise_level": 0.9,
-    "learning_rate": 5e-5,
+    "learning_rate": 3e-5,
     "value_learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
     "batch_size": 64,
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of a finished quickstart")
     parser.add_argument("--output", type=Path, default=Path("runs/flow-rl"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=8)
+    parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--episodes", type=int, default=50, help="held-out scenes")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only write flow_rl.json and flow_rl.md there")
     options = parser.parse_args()

@@ -1,5 +1,6 @@
 """PPO on flow policies: formulas by other means, exact ratios, exact resume, dying simulators, and that it learns."""
 
+import importlib.util
 import json
 import math
 import os
@@ -550,3 +551,33 @@ def test_options_that_cannot_be_meant_are_refused(processor, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train-rl", "--help"])
     assert "examples/train_rl.yaml" in capsys.readouterr().out
+
+
+# ---- the benchmark's tables ----
+
+
+def test_the_benchmark_pairs_scenes_within_both_limits(tmp_path):
+    path = Path(cli.__file__).parent / "benchmarks" / "flow_rl.py"
+    spec = importlib.util.spec_from_file_location("flow_rl", path)
+    flow_rl = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(flow_rl)
+    late, fast, never = (True, 100), (True, 90), (False, 152)
+    for name, scenes in {
+        "start": [fast, late, never, never],
+        "seed-0": [fast, fast, fast, never],
+        "seed-1": [late, fast, fast, never],
+    }.items():
+        episodes = [{"success": success, "steps": steps} for success, steps in scenes]
+        (tmp_path / "evaluation" / name).mkdir(parents=True)
+        (tmp_path / "evaluation" / name / "results.json").write_text(json.dumps({"episodes": episodes}))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"episodes": 64}\n{"episodes": 63}\n')
+    found = flow_rl.results(tmp_path)
+    first, second = (found["seeds"][f"seed-{seed}"]["within_96"] for seed in range(2))
+    assert (first["rate_b"], first["rate_a"], first["only_a"], first["only_b"]) == (0.25, 0.75, 2, 0)
+    assert (second["rate_a"], second["only_a"], second["only_b"]) == (0.5, 2, 1)
+    assert found["seeds"]["seed-1"]["within_152"]["difference"] == 0.25
+    assert found["all_within_96"]["trials"] == 8 and found["all_within_96"]["only_a"] == 4
+    rows = flow_rl.table(found).splitlines()
+    assert len(rows) == 2 + 3 and rows[2].startswith("| 0 | 127 | 25% -> 75% of 4 | +50% [")
+    assert rows[4].startswith("| all | 254 | 25% -> 62% of 8 |")
