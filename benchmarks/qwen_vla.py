@@ -243,8 +243,9 @@ def open_generated(folder: Path, full_sequence: bool) -> LeRobotDataset:
 # --- model
 
 
-def make_processor(options: Options, proprioception: str) -> WallVLAProcessor:
+def make_processor(options: Options, arm: Arm) -> WallVLAProcessor:
     """Qwen-VLA's prompt with a tokenizer in which its fixed phrases are one token each; 256 bins of state."""
+    known = with_statistics(options)
     tokenizer = build_tokenizer(QuickstartConfig())
     phrases = [
         "user\nThe robot is",
@@ -263,12 +264,12 @@ def make_processor(options: Options, proprioception: str) -> WallVLAProcessor:
     return WallVLAProcessor(
         images,
         tokenizer,
-        with_statistics(options),
+        {name: known[name] for name in (*arm.bodies, BLIND)},
         action_dim=CHANNELS,
         action_horizon=HORIZON,
         longest_side=64,
-        state_dim=len(STATE_NAMES) if proprioception == "expert" else None,
-        proprioception=proprioception,
+        state_dim=len(STATE_NAMES) if arm.proprioception == "expert" else None,
+        proprioception=arm.proprioception,
         prompt_format=QWEN_VLA,
     )
 
@@ -358,7 +359,7 @@ def backbone(options: Options, seed: int) -> Path:
     """A VLM that answers grounding questions, in the place of a pretrained one. Its folder."""
     folder = options.output / f"backbone-{seed}"
     if not (folder / "hub").exists():
-        processor = make_processor(options, "none")
+        processor = make_processor(options, ARMS["scratch"])
         model = make_model(processor, ARMS["scratch"], seed)
         sources = [
             sample_source(path.parent.name, MultimodalDataset(path, in_memory=True))
@@ -383,7 +384,7 @@ def pretrained(options: Options, t2a: T2A, seed: int) -> Path:
     kind = "sequences" if t2a.full_sequence else "chunks"
     folder = options.output / f"t2a-{t2a.time_sampler}-{kind}-{round(100 * t2a.generated)}-{seed}"
     if not (folder / "hub").exists():
-        processor = make_processor(options, "none")
+        processor = make_processor(options, ARMS["scratch"])
         if t2a.generated:
             for path in generated_folders(options):
                 processor.add_embodiment(path.name, generated_robot(path))
@@ -413,7 +414,7 @@ def fine_tune(options: Options, name: str, seed: int) -> Path:
     """The folder of an arm's policy."""
     arm, folder = ARMS[name], options.output / f"{name}-{seed}"
     if not (folder / "hub").exists():
-        processor = make_processor(options, arm.proprioception)
+        processor = make_processor(options, arm)
         model = make_model(processor, arm, seed)
         load_vlm(model, backbone(options, seed))
         if arm.t2a is not None:
