@@ -173,7 +173,7 @@ def add_statistics(processor, datasets: Sequence[LeRobotDataset]) -> None:
     """Computes the statistics of the robots that have none, each over all of its datasets."""
     for name in dict.fromkeys(dataset.embodiment for dataset in datasets):
         robot = processor.embodiments[name]
-        if robot.statistics is None:
+        if robot.statistics is None and robot.normalization != "none":
             own = [dataset for dataset in datasets if dataset.embodiment == name]
             processor.add_embodiment(name, replace(robot, statistics=compute_statistics(own, robot)))
 
