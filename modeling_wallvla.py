@@ -11,13 +11,14 @@ Shapes: B samples, S prefix tokens (left padded), H action steps, D action chann
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .action_experts_wallvla import ACTION_EXPERTS, PerDomain, init_expert_weights, norm_in_float32
+from .action_experts_wallvla import ACTION_EXPERTS, DomainTokens, PerDomain, init_expert_weights, norm_in_float32
 from .configuration_wallvla import WallVLAConfig
 from .flow_matching_wallvla import (
     action_from_velocity,
@@ -83,8 +84,6 @@ class WallVLAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # The chunk's mask is not a padding mask, which is all that flash attention would get
     _supports_flash_attn = False
-    # The VLM adds its own
-    _no_split_modules = ["Qwen2DecoderLayer", "Qwen3DecoderLayer", "SoftPromptLayer", "DiTLayer"]
     # The trainer averages the losses itself, over ranks and accumulated batches
     accepts_loss_kwargs = False
 
@@ -140,7 +139,10 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             norm_in_float32(self.vl_expert.decoder(self.vlm), text.hidden_size, text.rms_norm_eps)
             norms = ["input_layernorm", "post_attention_layernorm", "language_model.norm", "action_expert.norm"]
             self._keep_in_fp32_modules_strict += norms
+        self._no_split_modules = [type(self.action_expert.layers[0]).__name__]  # the VLM adds its own
         self.post_init()
+        # FSDP refuses names that are not there, such as those of a decoder that is left out
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
@@ -150,6 +152,9 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.vlm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.vlm.set_output_embeddings(value)
 
     def encode_prefix(
         self,
@@ -467,6 +472,18 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             table.add_row(row, self.config.initializer_range if kind == "random" else 0.0, generator)
         self.config.domains = [*domains, name]
         return len(domains)
+
+    def domain_tokens(self) -> dict[str, np.ndarray]:
+        """The learned tokens of each domain by its name, (tokens, width) float32.
+
+        Raises:
+            ValueError: domains of this model have no tokens.
+        """
+        tables = [each.tokens for each in self.modules() if isinstance(each, DomainTokens) and not each.is_shared]
+        if not tables or not self.config.domains:
+            raise ValueError("Found no learned tokens of domains in this model: its action expert has none.")
+        rows = torch.cat([table.detach().float() for table in tables], dim=1).cpu().numpy()
+        return dict(zip(self.config.domains, rows, strict=True))
 
     def generate(self, *args, **kwargs) -> Tensor:
         """Generates text with the VL expert; takes what `GenerationMixin.generate` takes."""

@@ -255,8 +255,13 @@ def build_tokenizer(config: QuickstartConfig) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_processor(config: QuickstartConfig, robot: Embodiment, codec: ActionCodec | None = None) -> WallVLAProcessor:
-    """The processor of the small model: 64 bins of proprioception, patches of 8 pixels, images at their own size."""
+def build_processor(
+    config: QuickstartConfig, robot: Embodiment, codec: ActionCodec | None = None, **options
+) -> WallVLAProcessor:
+    """The processor of the small model: 64 bins of proprioception, patches of 8 pixels, images at their own size.
+
+    `options`: more arguments of `WallVLAProcessor`.
+    """
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=8, temporal_patch_size=1, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 512 * 512}
     )
@@ -269,18 +274,23 @@ def build_processor(config: QuickstartConfig, robot: Embodiment, codec: ActionCo
         state_bins=64,
         longest_side=config.image_size,
         action_codec=codec,
+        **options,
     )
 
 
-def build_model(processor: WallVLAProcessor, text_loss_weight: float = 0.01) -> WallVLAForConditionalGeneration:
-    """`WallVLAConfig.tiny()` with the token ids of the processor's tokenizer, randomly initialised."""
+def build_model(
+    processor: WallVLAProcessor, text_loss_weight: float = 0.01, **fields
+) -> WallVLAForConditionalGeneration:
+    """`WallVLAConfig.tiny()` with the token ids of the processor's tokenizer, randomly initialised.
+
+    `fields`: more of `WallVLAConfig.tiny`.
+    """
     tokenizer = processor.tokenizer
     discrete = {} if processor.action_codec is None else processor.action_token_config()
     config = WallVLAConfig.tiny(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         text_loss_weight=text_loss_weight,
-        action_dim=processor.action_dim,
-        **discrete,
+        **{"action_dim": processor.action_dim, **discrete, **fields},
     )
     vlm, text = config.vlm_config, config.vlm_config.text_config
     for name in ("image", "video"):

@@ -185,6 +185,42 @@ def save_pictures(pictures: Sequence[np.ndarray], path: Path | str, columns: int
     return path
 
 
+def principal_components(points: np.ndarray, count: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Points (N, K) on their first principal axes, (N, count), and the share of the variance on each, (count,)."""
+    centered = points - points.mean(axis=0)
+    left, sizes, _ = np.linalg.svd(centered, full_matrices=False)
+    return left[:, :count] * sizes[:count], sizes[:count] ** 2 / (sizes**2).sum()
+
+
+def plot_domains(tokens: Mapping[str, np.ndarray], path: Path | str) -> Path:
+    """Learned tokens of domains on their two principal axes, with the name of a domain at the mean of its own.
+
+    Args:
+        tokens: (tokens, width) of each domain.
+        path: the picture to write.
+
+    Raises:
+        ValueError: fewer than two domains.
+    """
+    if len(tokens) < 2:
+        raise ValueError(
+            f"Found the tokens of {list(tokens)}: a picture of their distances needs at least two domains."
+        )
+    places, shares = principal_components(np.concatenate(list(tokens.values())).astype(np.float64))
+    figure = Figure(figsize=(5.6, 4.8), layout="constrained")
+    axis, start = figure.subplots(), 0
+    for color, (name, values) in zip(_cycle(len(tokens)), tokens.items(), strict=True):
+        own = places[start : start + len(values)]
+        start += len(values)
+        axis.plot(*own.T, ".", color=color, alpha=0.4, markersize=5)
+        axis.plot(*own.mean(axis=0), "o", color=color, markersize=9)
+        axis.annotate(name, own.mean(axis=0), xytext=(6, 6), textcoords="offset points", color=color, fontsize=9)
+    axis.set_xlabel(f"first principal axis, {shares[0]:.0%} of the variance")
+    axis.set_ylabel(f"second principal axis, {shares[1]:.0%} of the variance")
+    _tidy(axis)
+    return _save(figure, path)
+
+
 def _cycle(count: int) -> list[str]:
     return [LINES[index % len(LINES)] for index in range(count)]
 

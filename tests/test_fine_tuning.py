@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from tiny import tiny_actions, tiny_batch, tiny_model
 from wallvla import cli
 from wallvla.modeling_wallvla import WallVLAForConditionalGeneration
 from wallvla.processing_wallvla import WallVLAProcessor
-from wallvla.trainers.adapters import HEADS, add_adapters
+from wallvla.trainers.adapters import add_adapters
 from wallvla.trainers.co_training_trainer import CoTrainingTrainer
-from wallvla.trainers.parameter_groups import PARTS, freeze, part_of
+from wallvla.trainers.parameter_groups import PARTS, freeze, parts_of
 
 
+HEADS = ("action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj")
 QUICK = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "learning_rate": 1e-2}
 
 
@@ -48,7 +50,7 @@ def test_adapters_change_adapters_and_heads_alone(folder, tmp_path, dora):  # no
     assert moved and all(
         any(head in name for head in HEADS) or (".layers." in name and name.endswith("_proj.weight")) for name in moved
     )
-    assert {part_of(name) for name in moved} == {"vlm", "action_expert", "heads"}
+    assert {parts_of(merged)[name] for name in moved} == {"vlm", "action_expert", "heads"}
 
     batch = processor.encode([_sample("metaworld_sawyer")])
     flow = {"noise": torch.randn(1, 8, 4, generator=torch.Generator().manual_seed(0)), "time": torch.tensor([0.3])}
@@ -94,7 +96,7 @@ def test_adapters_on_one_expert():
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 4 * 7 * 2 and all("action_expert.layers" in name for name in trained)
     for options, message in (
-        ({"experts": ["vision"]}, "no experts .'vision'"),
+        ({"experts": ["wheels"]}, "no experts .'wheels'"),
         ({"rank": 0}, "rank of the adapters is 0"),
         ({"modules_to_save": ["action_out"]}, "no modules .'action_out'"),
     ):
@@ -120,9 +122,10 @@ def test_parts_have_rates_of_their_own_or_none(folder, tmp_path, optimizer):  # 
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     moved = {name: (p - before[name]).abs().max().item() for name, p in trainer.model.named_parameters()}
-    assert {part_of(name) for name, change in moved.items() if change == 0} == {"vision", "vlm"}
-    assert {part_of(name) for name, change in moved.items() if change > 0} == {"action_expert", "heads"}
-    rates = {part_of(n): g["lr"] for g in trainer.optimizer.param_groups for n, p in _named(trainer.model, g)}
+    part_of = parts_of(trainer.model)
+    assert {part_of[name] for name, change in moved.items() if change == 0} == {"vision", "vlm"}
+    assert {part_of[name] for name, change in moved.items() if change > 0} == {"action_expert", "heads"}
+    rates = {part_of[n]: g["lr"] for g in trainer.optimizer.param_groups for n, p in _named(trainer.model, g)}
     assert rates == {"vlm": 0.0, "action_expert": 1e-3, "heads": 1e-2}
 
 
@@ -131,11 +134,11 @@ def _named(model, group: dict) -> list:
 
 
 def test_every_parameter_has_a_part():
-    sizes = dict.fromkeys(PARTS, 0)
-    for name, _ in tiny_model().named_parameters():
-        sizes[part_of(name)] += 1
-    assert sizes["heads"] == 4 and min(sizes.values()) > 0
-    assert part_of("base_model.model.action_expert.action_in_proj.modules_to_save.default.weight") == "heads"
+    sizes = Counter(parts_of(tiny_model()).values())
+    assert sizes["heads"] == 4 and sizes["domains"] == sizes["prompts"] == 0
+    assert min(sizes[part] for part in ("vision", "vlm", "action_expert")) > 0
+    adapted = parts_of(add_adapters(tiny_model(), rank=1))
+    assert adapted["base_model.model.action_expert.action_in_proj.modules_to_save.default.weight"] == "heads"
     with pytest.raises(ValueError, match="no parts .'wheels'"):
         freeze(tiny_model(), ["wheels"])
     with pytest.raises(ValueError, match="nothing is left to train"):
@@ -150,8 +153,9 @@ def test_options_from_yaml(folder, tmp_path, capsys):  # noqa: F811
     train(folder, tmp_path / "run", config=tmp_path / "run.yaml", **QUICK)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["loss_space"] == "velocity"
     before, after = (load_file(path / "model.safetensors") for path in (folder / "hub", tmp_path / "run"))
+    part_of = parts_of(WallVLAForConditionalGeneration.from_pretrained(tmp_path / "run"))
     same = {name for name in before if torch.equal(before[name], after[name])}
-    assert same and {part_of(name) for name in same} == {"vision"}
+    assert same and {part_of[name] for name in same} == {"vision"}
     (tmp_path / "typo.yaml").write_text("stratgy: flow_only\n")
     with pytest.raises(SystemExit, match="2"):
         train(folder, tmp_path / "run", config=tmp_path / "typo.yaml")

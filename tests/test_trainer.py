@@ -63,7 +63,7 @@ def processor():
     return build_processor(config, embodiment(config, STATISTICS))
 
 
-def make_trainer(processor, folder, mixture=None, **options) -> CoTrainingTrainer:
+def make_trainer(processor, folder, mixture=None, model=None, **options) -> CoTrainingTrainer:
     torch.manual_seed(0)
     defaults = {
         "output_dir": str(folder),
@@ -80,7 +80,7 @@ def make_trainer(processor, folder, mixture=None, **options) -> CoTrainingTraine
     if mixture is None:
         mixture = CoTrainingMixture(Samples("action"), Samples("multimodal"), multimodal_fraction=0.25, length=64)
     return CoTrainingTrainer(
-        model=build_model(processor),
+        model=build_model(processor) if model is None else model,
         args=CoTrainingConfig(**defaults | options),
         data_collator=Collator(processor),
         train_dataset=mixture,

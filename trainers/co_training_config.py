@@ -49,10 +49,17 @@ class CoTrainingConfig(TrainingArguments):
     ema_decay (`float`, *optional*, defaults to 0):
         Keeps a moving average of the weights ([`WeightAverage`]); 0: none.
     freeze (`list[str]`, *optional*, defaults to none):
-        Parts that are not trained in this run: `"vision"`, `"vlm"`, `"action_expert"`, `"heads"` (`part_of`). A stage
-        of a recipe is a run: start the next one from the last one's folder with other parts.
-    vision_learning_rate, vlm_learning_rate, action_expert_learning_rate, heads_learning_rate (`float`, *optional*):
+        Parts that are not trained in this run: `"vision"`, `"vlm"`, `"action_expert"`, `"heads"`, `"domains"`,
+        `"prompts"` (`parts_of`). A stage of a recipe is a run: start the next one from the last one's folder with
+        other parts.
+    vision_learning_rate, vlm_learning_rate, action_expert_learning_rate, heads_learning_rate,
+    domains_learning_rate, prompts_learning_rate (`float`, *optional*):
         Peak rate of a part; `learning_rate` when absent.
+    adaptation_steps (`int`, *optional*, defaults to 0):
+        In the first so many optimizer steps only what domains have of their own learns, its projections and prompts:
+        the rate of everything else is exactly 0 (X-VLA, section 4.2.2 and appendix H: 1,000).
+    adaptation_warmup_steps (`int`, *optional*, defaults to 1000):
+        After these, steps in which the rates of everything else grow to what they would be.
     optimizer (`str`, *optional*, defaults to `"adamw"`):
         `"adamw"`, or `"muon"`: Muon on the matrices of the layers and AdamW on the rest (section 2.2.4,
         [`MuonWithAdamW`]). `"muon_naive"` and `"torch_muon"` are its baselines, for measurements.
@@ -100,7 +107,8 @@ class CoTrainingConfig(TrainingArguments):
     )
     ema_decay: float = field(default=0.0, metadata={"help": "Decay of a moving average of the weights; 0: none."})
     freeze: list[str] = field(
-        default_factory=list, metadata={"help": "Parts that are not trained: vision, vlm, action_expert, heads."}
+        default_factory=list,
+        metadata={"help": "Parts that are not trained: vision, vlm, action_expert, heads, domains, prompts."},
     )
     vision_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the vision tower."})
     vlm_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the rest of the VL expert."})
@@ -108,6 +116,18 @@ class CoTrainingConfig(TrainingArguments):
         default=None, metadata={"help": "Peak rate of the layers of the action expert."}
     )
     heads_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the fp32 action heads."})
+    domains_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak rate of the projections that each domain has."}
+    )
+    prompts_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak rate of the learned tokens of each domain."}
+    )
+    adaptation_steps: int = field(
+        default=0, metadata={"help": "First steps, in which only what domains have of their own learns."}
+    )
+    adaptation_warmup_steps: int = field(
+        default=1000, metadata={"help": "Steps after these in which the other rates grow from 0."}
+    )
     optimizer: Literal["adamw", "muon", "muon_naive", "torch_muon"] = field(
         default="adamw",
         metadata={"help": "muon: Muon on the matrices of the layers, AdamW on the rest. The other two are baselines."},
@@ -137,6 +157,11 @@ class CoTrainingConfig(TrainingArguments):
             raise ValueError(
                 f"switch_step is {self.switch_step}: give a step, or a share of all steps below 1; it is not negative."
             )
+        if self.adaptation_steps < 0 or self.adaptation_warmup_steps < 0:
+            raise ValueError(
+                f"adaptation_steps is {self.adaptation_steps} and adaptation_warmup_steps "
+                f"{self.adaptation_warmup_steps}: numbers of steps are not negative."
+            )
         if self.gradient_bridge_steps < 0:
             raise ValueError(f"gradient_bridge_steps is {self.gradient_bridge_steps}: 0 means none, else at least 1.")
 
@@ -155,6 +180,8 @@ class CoTrainingConfig(TrainingArguments):
             "vlm": self.vlm_learning_rate,
             "action_expert": self.action_expert_learning_rate,
             "heads": self.heads_learning_rate,
+            "domains": self.domains_learning_rate,
+            "prompts": self.prompts_learning_rate,
         }
 
     @property

@@ -22,7 +22,7 @@ from .gradient_bridge import OBJECTIVES, GradientBridgeCallback
 from .instrument import Instrument, MicroBatch
 from .loss_breakdown import LossBreakdown, Throughput
 from .muon import OPTIMIZERS, is_muon_parameter
-from .parameter_groups import freeze, split_by_rate
+from .parameter_groups import DOMAIN_PARTS, adapt_in_two_steps, freeze, parts_of, split_by_part
 from .weight_average import WeightAverage
 
 
@@ -40,11 +40,8 @@ class LossBarCallback(ProgressCallback):
 
 def build_instruments(model: nn.Module, args: CoTrainingConfig, processing_class=None) -> list[Instrument]:
     """The instruments that the options ask for."""
-    config, sizes = model.config, {"language_model.layers.": 0, "action_expert.layers.": 0}
-    for name, parameter in model.named_parameters():
-        for part in sizes:
-            sizes[part] += parameter.numel() if part in name else 0
-    instruments: list[Instrument] = [Throughput(*sizes.values(), peak_flops=args.peak_flops)]
+    config = model.config
+    instruments: list[Instrument] = [Throughput(model, args.peak_flops)]
     if args.log_loss_breakdown:
         robots = [] if processing_class is None else processing_class.embodiments.values()
         domains = 1 + max((robot.domain for robot in robots), default=0)
@@ -99,6 +96,14 @@ class CoTrainingTrainer(Trainer):
                 setattr(model.config, name, vars(args)[name])
         if args.freeze:
             freeze(model, args.freeze)
+        part_of = parts_of(model)
+        learned = {part_of[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._has_domains = not learned.isdisjoint(DOMAIN_PARTS)
+        if args.adaptation_steps and not self._has_domains:
+            raise ValueError(
+                f"adaptation_steps is {args.adaptation_steps}, but no parameters of domains are trained: leave it at "
+                "0, or start from a model with domains and freeze neither domains nor prompts."
+            )
         callbacks = [*(callbacks or ()), *build_instruments(model, args, processing_class)]
         self._average = WeightAverage(args.ema_decay, processing_class) if args.ema_decay else None
         if self._average is not None:
@@ -139,9 +144,22 @@ class CoTrainingTrainer(Trainer):
                 is_muon=partial(is_muon_parameter, matrices=self.args.muon_matrices),
                 dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
             )
-        if any(rate is not None for rate in self.args.learning_rates.values()):
-            split_by_rate(self.optimizer, model, self.args.learning_rates)
+        if self._has_domains or any(rate is not None for rate in self.args.learning_rates.values()):
+            split_by_part(self.optimizer, model, self.args.learning_rates)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As in `Trainer`, and the parameters of domains go ahead (`adaptation_steps`)."""
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
+        optimizer = self.optimizer if optimizer is None else optimizer
+        super().create_scheduler(num_training_steps, optimizer)
+        steps, warmup = self.args.adaptation_steps, self.args.adaptation_warmup_steps
+        if steps:
+            self.lr_scheduler = adapt_in_two_steps(self.lr_scheduler, optimizer, steps, warmup)
+        return self.lr_scheduler
 
     def _labels(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The labels (B, S) that the strategy learns: `flow_only` leaves the discrete action tokens out."""
@@ -207,7 +225,7 @@ class CoTrainingTrainer(Trainer):
     ):
         """The weighted sum of the losses, each scaled to this micro batch's share of the optimizer step."""
         if self.accelerator.num_processes > 1:
-            inputs = complete_batch(inputs, self.accelerator.unwrap_model(model).config)
+            inputs = complete_batch(inputs, self.accelerator.unwrap_model(model))
         if "actions" in inputs:
             inputs = {**inputs, **self._draw_flow(inputs["actions"])}
         self._micro_batch += 1  # also without actions: it is the place in the step

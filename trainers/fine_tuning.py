@@ -30,11 +30,12 @@ from ..data.multimodal import MultimodalDataset
 from ..data.recipe import ActionEntry, build_mixture, open_entry, read_recipe
 from ..data.statistics import compute_statistics
 from ..modeling_wallvla import WallVLAForConditionalGeneration
-from .adapters import EXPERTS, HEADS, add_adapters, save_adapted
+from .adapters import EXPERTS, add_adapters, save_adapted
 from .co_training_config import CoTrainingConfig
 from .co_training_trainer import CoTrainingTrainer
 from .distributed import DATA_STATE, last_checkpoint
 from .estimate import Estimate, EstimateArguments, estimate_training
+from .parameter_groups import freeze
 
 
 @dataclass
@@ -54,6 +55,13 @@ class FineTuningArguments:
         metadata={"help": "JSON of a new robot. Without it a new robot's vectors are used as they are (native)."},
     )
     cameras: list[str] | None = field(default=None, metadata={"help": "Cameras of a new robot. Default: all."})
+    add_domain: str | None = field(
+        default=None,
+        metadata={
+            "help": "NAME:INIT gives the model a new domain and the robot to it: the one of the dataset or, in a "
+            "mixture, the one of this name. INIT: mean (default), copy:NAME or random."
+        },
+    )
     multimodal: str | None = field(default=None, metadata={"help": "Parquet of questions and answers about images."})
     multimodal_fraction: float = field(default=0.1, metadata={"help": "Share of multimodal samples in every batch."})
     drop_state: float = field(default=0.1, metadata={"help": "Probability of hiding the proprioception."})
@@ -90,10 +98,11 @@ class FineTuningArguments:
     adapter_dora: bool = field(default=False, metadata={"help": "DoRA instead of LoRA."})
     adapter_dropout: float = field(default=0.0, metadata={"help": "Dropout on what the adapters read."})
     adapter_experts: list[str] = field(
-        default_factory=lambda: list(EXPERTS), metadata={"help": "Where adapters go: vlm, action_expert."}
+        default_factory=lambda: list(EXPERTS), metadata={"help": "Where adapters go: vision, vlm, action_expert."}
     )
-    modules_to_save: list[str] = field(
-        default_factory=lambda: list(HEADS), metadata={"help": "Modules that are trained whole beside the adapters."}
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules that are trained whole beside the adapters. Default: heads and tables of domains."},
     )
     frames_in_memory: bool = field(default=False, metadata={"help": "Decode all video once, into memory."})
 
@@ -164,7 +173,7 @@ def add_statistics(processor, datasets: Sequence[LeRobotDataset]) -> None:
     """Computes the statistics of the robots that have none, each over all of its datasets."""
     for name in dict.fromkeys(dataset.embodiment for dataset in datasets):
         robot = processor.embodiments[name]
-        if robot.statistics is None:
+        if robot.statistics is None and robot.normalization != "none":
             own = [dataset for dataset in datasets if dataset.embodiment == name]
             processor.add_embodiment(name, replace(robot, statistics=compute_statistics(own, robot)))
 
@@ -226,6 +235,24 @@ def resume_mixture(mixture: CoTrainingMixture, checkpoint: str | Path, draws_per
     mixture.resume(json.loads(file.read_text()), index=step * draws_per_step)
 
 
+def add_domain(model: WallVLAForConditionalGeneration, processor, robot: str, domain: str, seed: int) -> None:
+    """Gives the model a domain and a robot to it.
+
+    Args:
+        model, processor: both are changed.
+        robot: name of the embodiment.
+        domain: "NAME:INIT" or "NAME", as in `WallVLAForConditionalGeneration.add_domain`.
+        seed: of a random start.
+
+    Raises:
+        ValueError: no such robot, a domain that is there already, or an unknown start.
+    """
+    name, _, start = domain.partition(":")
+    embodiment = processor.get_embodiment(robot)
+    index = model.add_domain(name, start or "mean", torch.Generator().manual_seed(seed))
+    processor.add_embodiment(robot, replace(embodiment, domain=index))
+
+
 def weight_dtype(options: FineTuningArguments, args: CoTrainingConfig) -> torch.dtype:
     """float32 for weights that are trained; those that only carry adapters need no more than what multiplies them."""
     return torch.bfloat16 if options.adapter_rank and args.bf16 else torch.float32
@@ -252,9 +279,11 @@ def estimate_run(
         model = WallVLAForConditionalGeneration(config)
         if options.adapter_rank:
             for name, parameter in model.named_parameters():
-                if not any(head in name for head in HEADS):
+                if not any(f"{kept}." in name for kept in model._keep_in_fp32_modules_strict):
                     parameter.data = parameter.data.to(weight_dtype(options, args))
             model = adapt(model, options)
+        if args.freeze:
+            freeze(model, args.freeze)
     return estimate_training(
         config, sizes.workload(args), args.optimizer, args.bf16, args.gradient_checkpointing, model
     )
@@ -271,6 +300,9 @@ def fine_tune(options: FineTuningArguments, args: CoTrainingConfig, sizes: Estim
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModel.from_pretrained(options.model, dtype=weight_dtype(options, args))
     mixture = prepare_mixture(options, args, processor)
+    if options.add_domain is not None:
+        robot = options.add_domain.partition(":")[0] if options.mixture else mixture.action_dataset.embodiment
+        add_domain(model, processor, robot, options.add_domain, args.seed)
     if options.adapter_rank:
         model = adapt(model, options)
     folder = Path(args.output_dir)
