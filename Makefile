@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
 	@if [ -z "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null; then \
 		echo "No NVIDIA GPU here: if pip starts to download CUDA packages, stop it and use make TORCH_INDEX=<CPU wheel index>"; fi
 	$(BIN)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/pip install -c constraints.txt -e ".[sim,serve,space,urdf,dev]"
+	$(BIN)/pip install -c constraints.txt -e ".[sim,serve,space,urdf,text-actions,dev]"
 	@touch $@
 
 # MuJoCo renders through EGL, and PyOpenGL wants libOpenGL or libGL beside it

@@ -614,9 +614,10 @@ class WallVLAActionCodec(PreTrainedModel):
         """
         inputs = self._checked(actions, state, action_mask, domain_ids)
         maps = self.motion_in.weight.clone(), principal_map(self._grid(*inputs[:2]), self.config)
-        losses = [self._start(linear, inputs, generator) for linear in maps]
-        if losses[0] <= losses[1]:
-            self._start(maps[0], inputs, generator)
+        lost = self._start(maps[0], inputs, generator)
+        first = {name: values.clone() for name, values in self.state_dict().items()}
+        if lost <= self._start(maps[1], inputs, generator):
+            self.load_state_dict(first)
 
     def _start(self, linear: Tensor, inputs: tuple, generator: torch.Generator) -> float:
         """Sets the linear path (T * C, M) and its codebooks; returns the reconstruction loss of the checked inputs."""

@@ -222,7 +222,12 @@ class MoTActionExpert(nn.Module):
 
     def for_sampling(self, context: PrefixContext, horizon: int) -> PrefixContext:
         """The context with whatever every step of sampling shares: here room for the keys and values of a chunk."""
-        return context.with_room(horizon + (self.state_in_proj is not None))
+        return context.with_room(self.sequence_length(0, horizon))
+
+    def sequence_length(self, prefix: int, horizon: int) -> int:
+        """How many tokens of a row go through the layers, for prefixes of so many tokens (auxiliary ones among
+        them)."""
+        return horizon + (self.state_in_proj is not None)
 
 
 def embed_state(layer: nn.Linear, context: PrefixContext) -> Tensor:
@@ -364,6 +369,11 @@ class SoftPromptActionExpert(nn.Module):
         """See `MoTActionExpert.for_sampling`: nothing to share."""
         return context
 
+    def sequence_length(self, prefix: int, horizon: int) -> int:
+        """See `MoTActionExpert.sequence_length`."""
+        seen = prefix if self.resampler is None else self.config.num_soft_prompts
+        return horizon + seen + (0 if self.soft_prompts is None else self.config.num_soft_prompts)
+
 
 def fourier_embedding(values: Tensor, dim: int, max_period: float) -> Tensor:
     """`[cos(t w_i), sin(t w_i)]` with `w_i = max_period ** (-i / (dim / 2))` (DiT). (B,) -> (B, dim) float32."""
@@ -479,6 +489,10 @@ class DiTActionExpert(nn.Module):
     def for_sampling(self, context: PrefixContext, horizon: int) -> PrefixContext:
         """See `MoTActionExpert.for_sampling`: nothing to share."""
         return context
+
+    def sequence_length(self, prefix: int, horizon: int) -> int:
+        """See `MoTActionExpert.sequence_length`."""
+        return prefix + horizon + (self.state_in_proj is not None)
 
 
 ACTION_EXPERTS = {"mot": MoTActionExpert, "soft_prompt": SoftPromptActionExpert, "dit": DiTActionExpert}

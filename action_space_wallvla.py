@@ -129,6 +129,7 @@ class Embodiment:
 
     Args:
         cameras: dataset key -> spoken label, in the order of the prompt: {"observation.images.front": "front view"}.
+            Empty: the model sees no image of this robot (text-to-action).
             Its JSON form is a list of pairs, because transformers sorts the keys of the dictionaries that it saves.
         control_frequency: action steps per second.
         action_horizon: action steps of a chunk, at most the model's.
@@ -248,8 +249,6 @@ class Embodiment:
             object.__setattr__(self, "statistics", self._checked_statistics(self.statistics))
 
     def _check_scalars(self):
-        if not self.cameras:
-            raise ValueError("Found no cameras. An embodiment names at least one: {dataset key: spoken label}.")
         short = [short_camera_key(key) for key in self.cameras]
         if len(set(short)) < len(short):
             raise ValueError(

@@ -14,6 +14,7 @@ EXAMPLES = {
     "eval": "wallvla eval runs/quickstart/hub --env metaworld/button-press-topdown-v3 --episodes 50",
     "sample": "wallvla sample runs/quickstart/hub --dataset runs/quickstart/dataset --index 100",
     "stats": "wallvla stats runs/quickstart/dataset --output robot.json",
+    "compose": "wallvla compose Qwen/Qwen3.5-4B ./qwen-vla --system qwen_vla",
     "convert": "wallvla convert x-square-robot/wall-oss-0.5 ./wall-oss --dtype bfloat16",
     "inspect": "wallvla inspect ./wall-oss",
     "plot-domains": "wallvla plot-domains x-vla --output domains.png",
@@ -21,6 +22,7 @@ EXAMPLES = {
     "data inspect": "wallvla data inspect runs/quickstart/dataset --images 4",
     "data bridge": "wallvla data bridge runs/quickstart/hub --env metaworld/drawer-open-v3 --output bridge.parquet",
     "data clean": "wallvla data clean runs/quickstart/dataset --output clean.json --dry-run",
+    "data text-actions": "wallvla data text-actions --output runs/text-actions --trajectories 1000 --workers 2",
     "serve": "wallvla serve runs/quickstart/hub --port 8000 --record runs/served",
     "replay": "wallvla replay runs/eval-hub --task drawer-open-v3 --seed 1000007",
     "report": "wallvla report runs/eval-a runs/eval-b --reference wall-oss-0.5",
@@ -32,6 +34,7 @@ EXAMPLES = {
     "push": "wallvla push runs/quickstart/hub OWNER/NAME",
     "train-codec": "wallvla train-codec --dataset runs/quickstart/dataset --vision runs/quickstart/hub "
     "--model runs/quickstart/hub --output-dir runs/codec",
+    "train-rl": "wallvla train-rl --config examples/train_rl.yaml --model runs/quickstart/hub",
 }
 SUMMARIES = {
     "quickstart": "demonstrations -> dataset -> training -> closed loop -> a Hub-ready folder, on a CPU in minutes",
@@ -39,13 +42,15 @@ SUMMARIES = {
     "eval": "success rate of a checkpoint in a simulator, with 95% intervals",
     "sample": "one action chunk for a recorded observation, or the answer to a question about an image",
     "stats": "normalisation statistics of a dataset, as an embodiment file",
+    "compose": "a pretrained VLM and a new action expert: where Qwen-VLA and the MoT testbed start",
     "convert": "a published checkpoint becomes a repository of this layout: every tensor accounted for, or nothing",
     "inspect": "what a checkpoint is: family, parameters, robots, tokens; reads no weights",
     "plot-domains": "the learned prompts of a checkpoint's domains, on their principal axes",
-    "export": "back to the published Wall-OSS layout",
+    "export": "back to the published layout",
     "data inspect": "what a LeRobot dataset holds, and what is wrong with it",
     "data bridge": "questions about the robot's own view, from a simulator or a LeRobot dataset",
     "data clean": "which frames of a LeRobot dataset to train on; the dataset itself is not changed",
+    "data text-actions": "sentences and the motions of an arm that they say, without images",
     "serve": "policy server for robots; openpi's client can talk to it",
     "replay": "run an episode of an evaluation again from its seed, with a video, and check that it goes the same way",
     "report": "a report of one evaluation, or of two side by side with tests (HTML, Markdown, JSON)",
@@ -56,6 +61,7 @@ SUMMARIES = {
     "demo": "the Space in your browser, for a checkpoint on this machine",
     "push": "a model, Space, kernel or dataset folder to the Hub",
     "train-codec": "train an action codec, the tokens of the discrete pathway, on LeRobot datasets",
+    "train-rl": "improve a checkpoint by its own episodes in simulators: PPO on the flow policy",
 }
 
 
@@ -266,6 +272,7 @@ def _convert(arguments: list[str]) -> None:
         "--tables", choices=["weights", "files"], help="which normalisers count where weights and .pth files disagree"
     )
     parser.add_argument("--action-tokens", type=int, default=0, help="discrete action tokens to add to a Qwen2.5-VL")
+    parser.add_argument("--tokenizer", help="folder or Hub id of the tokenizer of an X-VLA that has none")
     parser.add_argument("--seed", type=int, default=0, help="of the action expert that a Qwen2.5-VL does not have")
     options = vars(parser.parse_args(_read_config(parser, arguments)))
     from .conversion import Options, convert
@@ -280,6 +287,34 @@ def _convert(arguments: list[str]) -> None:
     for note in report["notes"]:
         print(f"note: {note}")
     print(f"wrote {output}; conversion_report.txt says where every tensor went")
+
+
+def _compose(arguments: list[str]) -> None:
+    parser = _finish(argparse.ArgumentParser(), "compose")
+    parser.add_argument("vlm", help="pretrained VLM: a folder or a Hub id")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument("--system", choices=["qwen_vla", "mot_testbed", "x_vla"], required=True)
+    parser.add_argument(
+        "--embodiment",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a robot, a JSON file that describes it; more can be added in training",
+    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights")
+    parser.add_argument("--seed", type=int, default=0, help="of the action expert")
+    options = parser.parse_args(_read_config(parser, arguments))
+    unnamed = [text for text in options.embodiment if "=" not in text]
+    if unnamed:
+        parser.error(f"--embodiment {unnamed[0]}: write NAME=FILE")
+    robots = dict(text.split("=", 1) for text in options.embodiment)
+    import torch
+
+    from .conversion import compose
+
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
+    compose(options.vlm, options.output, options.system, robots, dtype, options.seed)
+    print(f"wrote {options.output}; its action expert is random: train it (wallvla train --model {options.output})")
 
 
 def _inspect(arguments: list[str]) -> None:
@@ -461,6 +496,29 @@ def _recorded_frames(options: argparse.Namespace, processor):
         yield from frames_of_episode(dataset, position, robot, cameras, stride=options.every)
 
 
+def _data_text_actions(arguments: list[str]) -> None:
+    from .data.text_actions import ARMS, format_report, generate
+
+    parser = _finish(argparse.ArgumentParser(), "data text-actions")
+    parser.add_argument("--output", required=True, help="folder to create; the same command resumes")
+    parser.add_argument("--trajectories", type=int, default=1200, help="of each arm; six templates take turns")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="a dataset for each")
+    parser.add_argument("--workers", type=int, default=1, help="processes; the data do not depend on it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--action-horizon", type=int, default=64, help="steps of a chunk, in the embodiment files")
+    options = parser.parse_args(_read_config(parser, arguments))
+    report = generate(
+        options.output,
+        trajectories=options.trajectories,
+        arms=options.arms,
+        workers=options.workers,
+        seed=options.seed,
+        action_horizon=options.action_horizon,
+    )
+    print(format_report(report))
+    print(f"wrote {options.output}; report.json counts the tasks that were out of reach")
+
+
 def _serve(arguments: list[str]) -> None:
     parser = _finish(argparse.ArgumentParser(), "serve")
     parser.add_argument("path", nargs="+", help="checkpoint folders or Hub ids; NAME=PATH serves one at /NAME")
@@ -484,6 +542,12 @@ def _serve(arguments: list[str]) -> None:
     parser.add_argument("--fp8", action="store_true", help="with --engine and --dtype bfloat16: products in FP8")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, with the seeds of episodes")
     parser.add_argument("--max-batch", type=int, default=16, help="requests in one call of the model")
+    parser.add_argument(
+        "--warm-up-batches", type=int, nargs="+", help="calls before the first request; default: 1 and --max-batch"
+    )
+    parser.add_argument(
+        "--warm-up-image", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), default=(224, 224), help="of their frames"
+    )
     parser.add_argument("--batch-window-ms", type=float, default=5.0, help="how long a request may wait for others")
     parser.add_argument("--max-connections", type=int, default=64)
     parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
@@ -649,12 +713,26 @@ def _train_codec(arguments: list[str]) -> None:
     print(f"wrote {train_codec(options, args)}")
 
 
+def _train_rl(arguments: list[str]) -> None:
+    from transformers import HfArgumentParser
+
+    from . import register_auto_classes
+    from .reinforcement_learning import RolloutArguments, train_rl
+    from .trainers.flow_ppo_config import FlowPPOConfig
+
+    parser = _finish(HfArgumentParser((RolloutArguments, FlowPPOConfig)), "train-rl")
+    options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:2]
+    register_auto_classes()
+    print(f"wrote {train_rl(options, args)}")
+
+
 COMMANDS = {
     "quickstart": _quickstart,
     "train": _train,
     "eval": _evaluation_command("eval"),
     "sample": _sample,
     "stats": _stats,
+    "compose": _compose,
     "convert": _convert,
     "inspect": _inspect,
     "plot-domains": _plot_domains,
@@ -662,6 +740,7 @@ COMMANDS = {
     "data inspect": _data_inspect,
     "data clean": _data_clean,
     "data bridge": _data_bridge,
+    "data text-actions": _data_text_actions,
     "serve": _serve,
     "replay": _evaluation_command("replay"),
     "report": _evaluation_command("report"),
@@ -672,6 +751,7 @@ COMMANDS = {
     "demo": _demo,
     "push": _push,
     "train-codec": _train_codec,
+    "train-rl": _train_rl,
 }
 
 
@@ -679,7 +759,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `wallvla` command. Errors of the user's input end in one message and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<16}{SUMMARIES[name]}" for name in COMMANDS]
+        lines = [f"  {name:<18}{SUMMARIES[name]}" for name in COMMANDS]
         print("usage: wallvla COMMAND [options]\n\n" + "\n".join(lines) + "\n\nexample:\n  wallvla quickstart")
         print("\n`wallvla COMMAND --help` shows the options of a command and an example.")
         return

@@ -350,20 +350,24 @@ class WallVLAConfig(PreTrainedConfig):
         return cls(**overrides)
 
     @classmethod
-    def x_vla(cls, action_space: Literal["ee6d", "joint", "auto"] = "ee6d", **overrides) -> "WallVLAConfig":
+    def x_vla(
+        cls, action_space: Literal["ee6d", "agibot_ee6d", "joint", "auto"] = "ee6d", **overrides
+    ) -> "WallVLAConfig":
         """X-VLA at full size: Florence-2-Large without its decoder, a 24 x 1024 transformer; 879.48M parameters.
 
         Args:
             action_space: what the 30 anchors hold. `"ee6d"`: for each of two arms position, rot6d, gripper, the first
-                20 canonical channels, with errors weighted 500 / 10 / 1. `"joint"`: 14 joints, of which 6 and 13 are
-                grippers, weighted 1 / 0.1. `"auto"`: 20 channels of anything.
+                20 canonical channels, with errors weighted 500 / 10 / 1. `"agibot_ee6d"`: the same with grippers that
+                are numbers and no decisions, weighted 10. `"joint"`: 14 joints, of which 6 and 13 are grippers,
+                weighted 1 / 0.1. `"auto"`: 20 channels of anything.
             **overrides: fields of `WallVLAConfig`.
         """
         # Means over the channels of a part, so each channel has its share of the part's weight
-        arm = [500 / 3] * 3 + [10 / 6] * 6 + [1 / 2]
+        pose = [500 / 3] * 3 + [10 / 6] * 6
         joints = [1 / 12] * 6 + [0.1 / 2]
         spaces = {
-            "ee6d": (20, arm * 2, [9, 19]),
+            "ee6d": (20, [*pose, 1 / 2] * 2, [9, 19]),
+            "agibot_ee6d": (20, [*pose, 10 / 2] * 2, []),
             "joint": (14, joints * 2, [6, 13]),
             "auto": (20, [1 / 20] * 20, []),
         }

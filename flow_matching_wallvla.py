@@ -173,6 +173,65 @@ def euler_step(noisy_actions: Tensor, velocity: Tensor, time: Tensor, next_time:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Flow-SDE: the same flow with fresh noise in its steps. A step then has a density, which reinforcement learning needs
+# (Qwen-VLA, section 4.2, "Log-probability estimation under flow matching").
+#
+# Given a velocity field v, the path tau * a + (1 - tau) * eps has the posterior means
+#     a_hat = E[a | x_tau] = x + (1 - tau) v,      eps_hat = E[eps | x_tau] = x - tau v,
+# and an Euler step to any later time t lands at t a_hat + (1 - t) eps_hat. Go from tau to some t >= tau' > tau and
+# come back to tau': scale by tau' / t, so that the action has the coefficient tau', and add fresh Gaussian noise of
+# the variance s^2 = (1 - tau')^2 - (tau' / t)^2 (1 - t)^2 that the noise of the path then lacks. If x_t has the
+# marginal of time t, the result has the marginal of tau', whatever the distribution of the actions. With
+# s = eta (1 - tau') both moves together are the Gaussian transition
+#     mean = tau' a_hat + (1 - tau') sqrt(1 - eta^2) eps_hat,      std = eta (1 - tau'),
+# where t = tau' / (tau' + (1 - tau') sqrt(1 - eta^2)). eta = 0 is Euler's step, eta = 1 (t = 1) redraws all noise that
+# is left. No time is singular, and after a step of any size the marginal is off by no more than Euler's own error.
+#
+# In the limit of small steps, with sigma^2 = s^2 / (tau' - tau), this is the Euler-Maruyama step of
+#     dx = (v - sigma^2 / 2 * eps_hat / (1 - tau)) dtau + sigma dW,
+# whose marginals are those of dx = v dtau by the Fokker-Planck equation, as the score of the path is
+# grad log p_tau(x) = -eps_hat / (1 - tau). At the few large steps of an action policy that one adds too much variance.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def sde_step(
+    noisy_actions: Tensor,
+    velocity: Tensor,
+    time: Tensor,
+    next_time: Tensor,
+    noise_level: float,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The Gaussian transition of one stochastic step: its mean (B, H, D) and standard deviation (B, 1, 1).
+
+    Schedule of the noise: `std = temperature * noise_level * (1 - next_time)`, a share of the noise that is left. It
+    ends at 0 where the path does, so the step that arrives at tau = 1 has no density and no use.
+
+    The temperature scales all noise of a sample: draw the start as `temperature * eps`, and the path stays
+    `tau * a + (1 - tau) * temperature * eps` through every step. 1 is the policy that was trained, 0 has no noise.
+
+    Args:
+        noisy_actions: the state (B, H, D).
+        velocity: of the flow there, (B, H, D).
+        time, next_time: flow times (B,), `time < next_time`.
+        noise_level: eta in [0, 1]; at 0 the mean is `euler_step` to the bit.
+        temperature: see above.
+    """
+    tau, following = expand_time(time, noisy_actions), expand_time(next_time, noisy_actions)
+    noise = noisy_actions - tau * velocity  # E[eps | x]
+    lost = 1 - math.sqrt(1 - noise_level**2)
+    mean = euler_step(noisy_actions, velocity, tau, following) - (1 - following) * lost * noise
+    return mean, temperature * noise_level * (1 - following)
+
+
+def gaussian_log_prob(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log density of each element of `values` under N(mean, std^2), in float32. Positive where std is small."""
+    std = std.float()
+    distance = (values.float() - mean.float()) / std
+    return -0.5 * distance.square() - torch.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Real-time chunking: while a chunk is computed, the robot goes on with the one before. A guidance bends the flow so
 # that the new chunk continues the old one. It is a function (velocity field, noisy actions (B, H, D), time ()) ->
 # velocity (B, H, D), where the field is a function (noisy actions, time) -> velocity; bind the other arguments below

@@ -96,6 +96,24 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"Found the kind {kind!r} of question. Known: {', '.join(PROMPTS)}.")
 
 
+def to_original(
+    coordinates: Sequence[float], resized: tuple[int, int], image_size: tuple[int, int]
+) -> tuple[float, ...]:
+    """Coordinates (x, y, x, y, ...) in pixels of a resized image to those of the original, clamped to it."""
+    return tuple(
+        min(max(value * image_size[axis % 2] / resized[axis % 2], 0.0), float(image_size[axis % 2]))
+        for axis, value in enumerate(coordinates)
+    )
+
+
+def to_resized(coordinates: Sequence[float], resized: tuple[int, int], image_size: tuple[int, int]) -> list[int]:
+    """Inverse of `to_original`, in whole pixels."""
+    return [
+        round(min(max(value / image_size[axis % 2], 0.0), 1.0) * resized[axis % 2])
+        for axis, value in enumerate(coordinates)
+    ]
+
+
 def find_elements(text: str) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
     """Points and boxes as written in a text, in pixels of the resized image."""
     points, boxes = [], []

@@ -84,8 +84,6 @@ class WallVLAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     # The chunk's mask is not a padding mask, which is all that flash attention would get
     _supports_flash_attn = False
-    # The VLM adds its own
-    _no_split_modules = ["Qwen2DecoderLayer", "Qwen3DecoderLayer", "SoftPromptLayer", "DiTLayer"]
     # The trainer averages the losses itself, over ranks and accumulated batches
     accepts_loss_kwargs = False
 
@@ -141,7 +139,10 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             norm_in_float32(self.vl_expert.decoder(self.vlm), text.hidden_size, text.rms_norm_eps)
             norms = ["input_layernorm", "post_attention_layernorm", "language_model.norm", "action_expert.norm"]
             self._keep_in_fp32_modules_strict += norms
+        self._no_split_modules = [type(self.action_expert.layers[0]).__name__]  # the VLM adds its own
         self.post_init()
+        # FSDP refuses names that are not there, such as those of a decoder that is left out
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
@@ -151,6 +152,9 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.vlm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.vlm.set_output_embeddings(value)
 
     def encode_prefix(
         self,

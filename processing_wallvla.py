@@ -19,9 +19,10 @@ from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBa
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
-from .action_space_wallvla import DEFAULT_PROMPT, Embodiment, short_camera_key, stack_vectors
+from .action_space_wallvla import DEFAULT_PROMPT, Embodiment, short_camera_key
 from .action_tokens_wallvla import ActionTokens
 from .baseline_codecs_wallvla import ActionCodec, load_action_codec
+from .batches_wallvla import NO_IMAGE, action_arrays, state_arrays, state_values, token_arrays
 from .grounding_wallvla import (
     FORMS,
     CoordinateConstraint,
@@ -30,6 +31,8 @@ from .grounding_wallvla import (
     find_elements,
     grounding_prompt,
     read_answer,
+    to_original,
+    to_resized,
 )
 from .images_wallvla import ImageLike, SquareImages, as_array, images_of, longest_side_size, resize
 from .prompts_wallvla import STATE_TOKEN, WALL_OSS, PromptFormat
@@ -37,7 +40,6 @@ from .prompts_wallvla import STATE_TOKEN, WALL_OSS, PromptFormat
 
 CODEC_FOLDER = "action_codec"  # of the codec inside a repository
 PROPRIOCEPTION = ("text", "projected", "expert", "none")
-NO_IMAGE = -1  # stands in a row for a view that a sample does not have
 
 
 class WallVLAProcessor(ProcessorMixin):
@@ -176,7 +178,7 @@ class WallVLAProcessor(ProcessorMixin):
         return self._action_tokens.config(self.embodiments.values())
 
     def check_model(self, config) -> None:
-        """Raises ValueError unless the model of `config` has our tokens and domains and was trained with our codec."""
+        """Raises ValueError unless the model of `config` has our tokens, states, domains and codec."""
         rows = config.vlm_config.get_text_config().vocab_size
         # The image token is replaced before it is embedded; in Florence-2 it lies behind the table
         last = max(index for index in self.tokenizer.get_vocab().values() if index != self.image_token_id)
@@ -184,6 +186,12 @@ class WallVLAProcessor(ProcessorMixin):
             raise ValueError(
                 f"Found token id {last} in the tokenizer and {rows} rows in the model's embeddings. Resize them "
                 f"(`model.vlm.resize_token_embeddings`), or build the model with this vocab_size."
+            )
+        to_model = {kind for kind in (config.proprioception, self.proprioception) if kind in ("projected", "expert")}
+        if to_model and config.proprioception != self.proprioception:
+            raise ValueError(
+                f"Found proprioception {self.proprioception!r} in the processor and {config.proprioception!r} in the "
+                f"model. Where the model reads the state, both have to say so."
             )
         beyond = {
             name: robot.domain for name, robot in self.embodiments.items() if robot.domain >= len(config.domains)
@@ -282,9 +290,7 @@ class WallVLAProcessor(ProcessorMixin):
                 f"Found {len(embodiment.cameras)} cameras in embodiment {name!r}, the prompt format has "
                 f"{self.prompt_format.num_views} views. Leave some out, or raise num_views."
             )
-        vocabulary = self.tokenizer.get_vocab()
-        new = [token for token in self.prompt_format.tokens_of_views(embodiment) if token not in vocabulary]
-        self.tokenizer.add_tokens(new, special_tokens=True)
+        self.tokenizer.add_tokens(self.prompt_format.tokens_of_views(embodiment), special_tokens=True)
         self.embodiments[name] = embodiment
 
     def to_dict(self) -> dict:
@@ -409,10 +415,10 @@ class WallVLAProcessor(ProcessorMixin):
         images = [self.ordered_images(sample, index) for index, sample in enumerate(samples)]
         frames = [self.as_array(image) for image in chain.from_iterable(images)]
         counts, layout = self._images.layout([self.resized_size(frame.shape[1::-1]) for frame in frames])
-        values = {} if self.proprioception == "none" else self._state_values(samples, groups)
+        values = {} if self.proprioception == "none" else state_values(samples, groups, self.state_dim)
         prompts = [self._prompt(sample, values.get(index)) for index, sample in enumerate(samples)]
         answers = [sample.get("answer") if "text" in sample else None for sample in samples]
-        actions = self._actions(samples, groups) if groups else {}
+        actions = action_arrays(samples, groups, self.action_horizon, self.action_dim) if groups else {}
         # Only in training, where the chunk is known: inference stops at the assistant's turn
         discrete = (
             self._action_token_rows(samples, groups, actions)
@@ -421,14 +427,22 @@ class WallVLAProcessor(ProcessorMixin):
         )
         longest = self.max_length if max_length is None else max_length
         rows, learned = self._rows(samples, prompts, answers, discrete)
-        data = self._padded(rows, learned, [len(row) for row in images], counts, longest)
+        data = token_arrays(
+            rows,
+            learned,
+            [len(row) for row in images],
+            counts,
+            self.tokenizer,
+            self.prompt_format.image_token,
+            longest,
+        )
         if frames:
             data.update(layout)
         if frames and patches:
             data["pixel_values"] = self._images.pixels([self._resized(frame) for frame in frames])
         data.update(actions)
         if groups and self.proprioception in ("projected", "expert"):
-            data.update(self._states(len(samples), values, groups))
+            data.update(state_arrays(len(samples), values, groups, self.state_dim))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _group_by_embodiment(self, samples: list[dict]) -> list[tuple[Embodiment, list[int]]]:
@@ -453,7 +467,7 @@ class WallVLAProcessor(ProcessorMixin):
         if images is not None and not isinstance(images, dict):
             raise ValueError(
                 f"Found images of type {type(images).__name__} in sample {index}. A robot's images are given by "
-                f"camera: {{{next(iter(embodiment.cameras))!r}: image, ...}}."
+                f"camera: {{{next(iter(embodiment.cameras), 'camera')!r}: image, ...}}."
             )
         given = {short_camera_key(key): image for key, image in (images or {}).items()}
         cameras = self._cameras(sample)
@@ -471,7 +485,7 @@ class WallVLAProcessor(ProcessorMixin):
         cameras = self._robot(sample).cameras
         dropped = {short_camera_key(key) for key in sample.get("dropped_cameras", ())}
         kept = {key: label for key, label in cameras.items() if short_camera_key(key) not in dropped}
-        if len(kept) < self.prompt_format.fewest_views:
+        if cameras and len(kept) < self.prompt_format.fewest_views:
             raise ValueError(
                 f"Found dropped_cameras {', '.join(sorted(dropped))}: {len(kept) or 'no'} camera is left. Keep at "
                 f"least {self.prompt_format.fewest_views}."
@@ -521,38 +535,6 @@ class WallVLAProcessor(ProcessorMixin):
         robot, labels = self._robot(sample), list(self._cameras(sample).values())
         return self.prompt_format.write_action(robot, labels, sample["instruction"], numbers)
 
-    def _state_values(self, samples: list[dict], groups: list) -> dict[int, np.ndarray]:
-        """{index of the sample: its normalised state, (state_dim,) or without `state_dim` (K,)}."""
-        found = {}
-        for embodiment, indices in groups:
-            rows = [
-                i for i in indices if samples[i].get("state") is not None and not samples[i].get("state_is_dropped")
-            ]
-            if not rows or not embodiment.state_channels.size:
-                continue
-            values = embodiment.encode_state(stack_vectors([samples[i]["state"] for i in rows], rows, "state", 1))
-            bound = np.inf if embodiment.normalization == "none" else 1.0
-            for value, row in zip(values, rows, strict=True):
-                if samples[row].get("state_noise") is not None:
-                    value[:] = np.clip(value + samples[row]["state_noise"][: len(value)], -bound, bound)
-            if self.state_dim is not None:
-                padded = np.tile(embodiment.padding("state", self.state_dim).astype(np.float64), (len(rows), 1))
-                padded[:, embodiment.state_channels] = values
-                values = padded
-            found.update(zip(rows, values, strict=True))
-        return found
-
-    def _states(self, size: int, values: dict[int, np.ndarray], groups: list) -> dict[str, np.ndarray]:
-        """`states` and `state_mask`; see `encode`. Rows without a state are zero."""
-        states = np.zeros((size, self.state_dim), dtype=np.float32)
-        mask = np.zeros((size, self.state_dim), dtype=bool)
-        for embodiment, rows in groups:
-            for row in rows:
-                if row in values:
-                    states[row] = values[row]
-                    mask[row, embodiment.state_channels] = True
-        return {"states": states, "state_mask": mask}
-
     def _rows(
         self, samples: list[dict], prompts: list[str], answers: list, discrete: dict[int, list[int]]
     ) -> tuple[list[list[int]], list[list[bool]] | None]:
@@ -597,119 +579,7 @@ class WallVLAProcessor(ProcessorMixin):
         padding = [self.tokenizer.pad_token_id] * (length - len(language))
         return [views[0], *language, *padding, *views[1:]]
 
-    def _padded(
-        self,
-        rows: list[list[int]],
-        learned: list[list[bool]] | None,
-        image_counts: list[int],
-        image_tokens: np.ndarray,
-        max_length: int | None,
-    ) -> dict[str, np.ndarray]:
-        """Token arrays (B, S) of `_rows`, see `encode`: images at full length, rows flush right.
-
-        `image_counts`: images of each sample; `image_tokens` (images,): tokens of each image.
-        """
-        size = len(rows)
-        tokens = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
-        row_of = np.repeat(np.arange(size), [len(row) for row in rows])
-        is_image = tokens == self.image_token_id
-        found = np.bincount(row_of[is_image], minlength=size)
-        for index in np.flatnonzero(found != image_counts):
-            raise ValueError(
-                f"Found {found[index]} image tokens for {image_counts[index]} image(s) in sample {index}. The text "
-                f"must not contain {self.prompt_format.image_token}: the processor writes one per image. Remove it."
-            )
-        repeats = np.ones(len(tokens), dtype=np.int64)
-        repeats[is_image] = image_tokens
-        repeats[tokens == NO_IMAGE] = image_tokens.max(initial=1)  # only where all images have as many
-        tokens, row_of = np.repeat(tokens, repeats), np.repeat(row_of, repeats)
-
-        lengths = np.bincount(row_of, minlength=size)
-        longest = lengths.max()
-        if max_length is not None and longest > max_length:
-            raise ValueError(
-                f"Found {longest} tokens in sample {lengths.argmax()}, max_length is {max_length}. Cutting would "
-                f"remove image tokens or the instruction: raise max_length, or lower longest_side."
-            )
-        where = row_of, np.arange(len(tokens)) - np.cumsum(lengths)[row_of] + longest  # flush right
-        input_ids = np.full((size, longest), self.tokenizer.pad_token_id, dtype=np.int64)
-        input_ids[where] = np.where(tokens == NO_IMAGE, self.tokenizer.pad_token_id, tokens)
-        attention_mask = np.zeros_like(input_ids)
-        attention_mask[where] = tokens != NO_IMAGE
-        data = {"input_ids": input_ids, "attention_mask": attention_mask}
-        data["mm_token_type_ids"] = (input_ids == self.image_token_id).astype(np.int64)
-        if learned is not None:
-            is_learned = np.repeat(np.fromiter(chain.from_iterable(learned), dtype=bool), repeats)
-            data["labels"] = np.full_like(input_ids, -100)
-            data["labels"][where] = np.where(is_learned, tokens, -100)
-        return data
-
     # ---- actions ------------------------------------------------------------------------------------------------
-
-    def _actions(self, samples: list[dict], groups: list) -> dict[str, np.ndarray]:
-        """`action_mask`, `action_padding`, `domain_ids` and, if the samples have them, `actions`; see `encode`."""
-        shape = (len(samples), self.action_horizon, self.action_dim)
-        data = {
-            "action_mask": np.zeros(shape, dtype=bool),
-            "action_padding": np.zeros((len(samples), self.action_dim), dtype=np.float32),
-            "domain_ids": np.zeros(len(samples), dtype=np.int64),
-        }
-        indices = sorted(chain.from_iterable(rows for _, rows in groups))
-        without = [index for index in indices if samples[index].get("actions") is None]
-        if without and len(without) < len(indices):
-            raise ValueError(
-                f"Found no `actions` in sample {without[0]}, though other samples have them. A batch is for training "
-                f"(all action samples have `actions`) or for inference (none has)."
-            )
-        if not without:
-            data["actions"] = np.zeros(shape, dtype=np.float32)
-        for embodiment, rows in groups:
-            data["domain_ids"][rows] = embodiment.domain
-            data["action_padding"][rows] = embodiment.padding("action", self.action_dim)
-            if without:
-                where = np.ix_(rows, np.arange(embodiment.action_horizon), embodiment.action_channels)
-                data["action_mask"][where] = True
-                continue
-            by_steps = {}  # chunks near the end of an episode may be shorter
-            for row in rows:
-                by_steps.setdefault(len(samples[row]["actions"]), []).append(row)
-            for steps, rows_of_steps in by_steps.items():
-                values, valid = self._encoded_chunks(samples, embodiment, rows_of_steps, steps)
-                where = np.ix_(rows_of_steps, np.arange(steps), embodiment.action_channels)
-                data["actions"][where] = np.where(valid, values, 0.0)
-                data["action_mask"][where] = valid
-        return data
-
-    def _encoded_chunks(
-        self, samples: list[dict], embodiment: Embodiment, rows: list[int], steps: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Normalised chunks (rows, steps, K) and which steps are real, (rows, steps, 1) bool."""
-        if steps > embodiment.action_horizon:
-            raise ValueError(
-                f"Found {steps} action steps in sample {rows[0]}, the embodiment's action_horizon is "
-                f"{embodiment.action_horizon}. Cut the chunk to that many steps when reading the dataset."
-            )
-        states = None
-        if embodiment.reference_frame != "absolute":
-            stateless = [row for row in rows if samples[row].get("state") is None]
-            if stateless:
-                raise ValueError(
-                    f"Found no state in sample {stateless[0]}, whose actions are {embodiment.reference_frame}: they "
-                    f"are measured from the current pose. Pass it; `state_is_dropped` keeps it out of the prompt."
-                )
-            states = stack_vectors([samples[row]["state"] for row in rows], rows, "state", 1)
-        chunks = stack_vectors([samples[row]["actions"] for row in rows], rows, "actions", 2)
-        is_pad = np.zeros((len(rows), steps), dtype=bool)
-        for line, row in enumerate(rows):
-            if samples[row].get("action_is_pad") is not None:
-                flags = np.asarray(samples[row]["action_is_pad"], dtype=bool)
-                if flags.shape != (steps,):
-                    raise ValueError(
-                        f"Found action_is_pad of shape {flags.shape} and {steps} action steps in sample {row}. Each "
-                        f"step has one entry."
-                    )
-                is_pad[line] = flags
-        return embodiment.encode_actions(chunks, states), ~is_pad[..., None]
 
     def decode_actions(
         self, chunk: torch.Tensor | np.ndarray, state: ArrayLike | None = None, embodiment: str | None = None
@@ -768,8 +638,9 @@ class WallVLAProcessor(ProcessorMixin):
             `points` [(x, y)] and `boxes` [(x1, y1, x2, y2)]: lists of tuples of floats, clamped to the image.
         """
         points, boxes = find_elements(text)
-        points = [self._to_original(point, image_size) for point in points]
-        boxes = [self._to_original(box, image_size) for box in boxes]
+        resized = self.resized_size(image_size)
+        points = [to_original(point, resized, image_size) for point in points]
+        boxes = [to_original(box, resized, image_size) for box in boxes]
         return points, [box for box in boxes if box[0] <= box[2] and box[1] <= box[3]]
 
     def grounding_prompt(self, kind: str, subject: str) -> str:
@@ -805,11 +676,11 @@ class WallVLAProcessor(ProcessorMixin):
 
     def format_point(self, point: Sequence[float], image_size: tuple[int, int]) -> str:
         """Inverse of `parse_grounding` for a point (x, y) in pixels of the original image; rounds to whole pixels."""
-        return f"<point>{self._to_resized(point, image_size)}</point>"
+        return f"<point>{to_resized(point, self.resized_size(image_size), image_size)}</point>"
 
     def format_box(self, box: Sequence[float], image_size: tuple[int, int]) -> str:
         """Inverse of `parse_grounding` for a box (x1, y1, x2, y2) in pixels of the original image."""
-        return f"<box>{self._to_resized(box, image_size)}</box>"
+        return f"<box>{to_resized(box, self.resized_size(image_size), image_size)}</box>"
 
     def format_points(self, points: Sequence[Sequence[float]], image_size: tuple[int, int]) -> str:
         """Several points, or a trajectory in the order of time: one `<point>` after the other."""
@@ -818,20 +689,6 @@ class WallVLAProcessor(ProcessorMixin):
     def format_boxes(self, boxes: Sequence[Sequence[float]], image_size: tuple[int, int]) -> str:
         """Several boxes, one after the other."""
         return "".join(self.format_box(box, image_size) for box in boxes)
-
-    def _to_original(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> tuple[float, ...]:
-        resized = self.resized_size(image_size)
-        return tuple(
-            min(max(value * image_size[axis % 2] / resized[axis % 2], 0.0), float(image_size[axis % 2]))
-            for axis, value in enumerate(coordinates)
-        )
-
-    def _to_resized(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> list[int]:
-        resized = self.resized_size(image_size)
-        return [
-            round(min(max(value / image_size[axis % 2], 0.0), 1.0) * resized[axis % 2])
-            for axis, value in enumerate(coordinates)
-        ]
 
 
 def _check_fingerprints(found: str | None, trained: str | None, ours: str, theirs: str) -> None:

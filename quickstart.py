@@ -269,8 +269,8 @@ def build_processor(
         image_processor,
         build_tokenizer(config),
         {EMBODIMENT: robot},
-        action_dim=len(ACTION_NAMES),
-        action_horizon=8,
+        action_dim=int(robot.action_channels[-1]) + 1,
+        action_horizon=robot.action_horizon,
         state_bins=64,
         longest_side=config.image_size,
         action_codec=codec,
@@ -288,7 +288,9 @@ def build_model(
     tokenizer = processor.tokenizer
     discrete = {} if processor.action_codec is None else processor.action_token_config()
     config = WallVLAConfig.tiny(
-        vocab_size=-(-len(tokenizer) // 64) * 64, text_loss_weight=text_loss_weight, **discrete, **fields
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        text_loss_weight=text_loss_weight,
+        **{"action_dim": processor.action_dim, **discrete, **fields},
     )
     vlm, text = config.vlm_config, config.vlm_config.text_config
     for name in ("image", "video"):
@@ -332,6 +334,23 @@ def train(
         length=config.steps * config.batch_size,
         augment=compose(random_shift(2), drop_state(0.1)),
     )
+    fit(config, model, processor, mixture, folder, result, options, callbacks)
+
+
+def fit(
+    config: QuickstartConfig,
+    model: WallVLAForConditionalGeneration,
+    processor: WallVLAProcessor,
+    mixture: CoTrainingMixture,
+    folder: Path,
+    result: Path,
+    options: Mapping | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
+    """Trains `model` on `mixture`, from the last checkpoint in `folder` if there is one, and saves it as `result`.
+
+    `options` and `callbacks` are those of `train`. `folder` also gets `losses.json`.
+    """
     on_cpu = config.device == "cpu"
     arguments = CoTrainingConfig(
         output_dir=str(folder / "training"),

@@ -6,6 +6,7 @@ positions are counted and how a layer is called; one class below says so for eac
 Shapes: B samples, S prefix tokens (left padded), C width of the VL expert, N key-value heads, P width of a head.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,6 +101,10 @@ class Qwen25VL:
         """The stock module with random weights."""
         return AutoModelForImageTextToText.from_config(self.config)
 
+    def adopt(self, stock: nn.Module) -> nn.Module:
+        """What a stock model with its LM head is here: the same, for VLMs that are kept whole."""
+        return stock
+
     def lm_head(self, vlm: nn.Module) -> nn.Module:
         """Hidden states (..., C) to logits (..., vocabulary)."""
         return vlm.lm_head
@@ -173,7 +178,7 @@ class Qwen25VL:
         """Puts the images on their tokens; the second is what is added after the first layers, (tokens, C) each."""
         if pixel_values is None:
             return hidden, []
-        features, added = self.features(vlm, pixel_values, image_grid_thw)
+        features, added = self.features(vlm, pixel_values.to(hidden.dtype), image_grid_thw)
         torch_compilable_check(
             is_image.sum() == len(features),
             f"The images have {len(features)} tokens, and `input_ids` another number of image tokens. Pass "
@@ -182,13 +187,22 @@ class Qwen25VL:
         hidden = hidden.masked_scatter(is_image[..., None], features.to(hidden.dtype))
         return hidden, [each.to(hidden.dtype) for each in added]
 
-    def blank_image(self, device: torch.device) -> tuple[dict[str, Tensor], int]:
-        """The smallest image as a batch has it, and its number of tokens."""
+    def blank_image(self, device: torch.device, side: int | None = None) -> tuple[dict[str, Tensor], int]:
+        """A square image as a batch has it, and its number of tokens.
+
+        `side`: in pixels, a multiple of what one token covers; the smallest when absent. Of no effect on VLMs whose
+        images have one size.
+        """
         vision = self.config.vision_config
-        side = vision.spatial_merge_size
+        patches = vision.spatial_merge_size if side is None else side // vision.patch_size
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        pixels = torch.zeros(side * side, patch, device=device)
-        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]], device=device)}, 1
+        pixels = torch.zeros(patches * patches, patch, device=device)
+        image = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, patches, patches]], device=device)}
+        return image, (patches // vision.spatial_merge_size) ** 2
+
+    def encoded_length(self, batch: dict[str, Tensor]) -> int:
+        """How many tokens of each row of a batch go through the layers of the language model."""
+        return batch["input_ids"].shape[1]
 
 
 class Qwen3VL(Qwen25VL):
@@ -227,7 +241,7 @@ class InternVL(Qwen25VL):
     def rope(self, decoder: nn.Module, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return decoder.rotary_emb(hidden, positions[0])
 
-    def blank_image(self, device: torch.device) -> tuple[dict[str, Tensor], int]:
+    def blank_image(self, device: torch.device, side: int | None = None) -> tuple[dict[str, Tensor], int]:
         height, width = self.config.vision_config.image_size
         return {"pixel_values": torch.zeros(1, 3, height, width, device=device)}, self.config.image_seq_length
 
@@ -241,7 +255,14 @@ class Florence2(Qwen25VL):
     """
 
     def build(self) -> nn.Module:
-        vlm = Florence2Model(self.config)
+        return self.without_decoder(Florence2Model(self.config))
+
+    def adopt(self, stock: nn.Module) -> nn.Module:
+        return self.without_decoder(stock.model)
+
+    @staticmethod
+    def without_decoder(vlm: Florence2Model) -> Florence2Model:
+        """The same module, less what makes text."""
         text = vlm.language_model
         del text.decoder
         # Of its two ties one is left, and each level has a list
@@ -258,7 +279,7 @@ class Florence2(Qwen25VL):
     def encode(self, vlm, hidden, ids, attention_mask, is_image, pixel_values, image_grid_thw) -> EncodedPrefix:
         if pixel_values is None:
             raise ValueError("Found no `pixel_values`: this VLM encodes the main view together with the language.")
-        features = vlm.get_image_features(pixel_values).pooler_output  # (images, tokens of one, C)
+        features = vlm.get_image_features(pixel_values.to(hidden.dtype)).pooler_output  # (images, tokens of one, C)
         tokens, batch = features.shape[1], len(ids)
         views = torch.zeros_like(hidden).masked_scatter(is_image[..., None], features.flatten(0, 1).to(hidden.dtype))
         hidden = torch.where(is_image[..., None], views, hidden)
@@ -266,6 +287,16 @@ class Florence2(Qwen25VL):
         encoded = vlm.language_model.encoder(inputs_embeds=hidden[:, :length]).last_hidden_state
         positions = torch.arange(ids.shape[1], device=ids.device).expand(3, batch, -1)
         return EncodedPrefix(encoded, positions[..., :length], auxiliary=views[:, length:])
+
+    def blank_image(self, device: torch.device, side: int | None = None) -> tuple[dict[str, Tensor], int]:
+        stride = math.prod(self.config.vision_config.patch_stride)
+        side = stride if side is None else side
+        # One token for each place, and their mean
+        return {"pixel_values": torch.zeros(1, 3, side, side, device=device)}, (side // stride) ** 2 + 1
+
+    def encoded_length(self, batch: dict[str, Tensor]) -> int:
+        _, tokens = self.blank_image(torch.device("meta"), batch["pixel_values"].shape[-1])
+        return tokens + self.language_tokens
 
 
 # By `model_type` of the VLM

@@ -1,9 +1,11 @@
-"""Converts a synthetic Wall-OSS-0.5 of the published shapes and measures time and memory of each step.
+"""Converts a synthetic checkpoint of the published shapes and measures time and memory of each step.
 
     python benchmarks/conversion_full_size.py --folder /tmp/conversion
+    python benchmarks/conversion_full_size.py --folder /tmp/conversion --model x-vla
 
-Needs 25 GB of disk, removed at the end. The weights are random; shapes, dtypes, keys and padding are those of the
-published checkpoint: 837 weights, 56 robots with normalisers, 155,765 embedding rows, vision width 3456 for 3420.
+Needs 25 GB of disk (X-VLA: 11 GB), removed at the end. The weights are random; shapes, dtypes, keys and padding are
+those of the published checkpoint. Wall-OSS-0.5: 837 weights, 56 robots with normalisers, 155,765 embedding rows,
+vision width 3456 for 3420. X-VLA: 903 tensors in float32 under its authors' names.
 """
 
 import argparse
@@ -15,9 +17,10 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Tokenizer
+from transformers import BartTokenizer, Qwen2Tokenizer
 
 from wallvla.configuration_wallvla import WallVLAConfig
+from wallvla.conversion import x_vla
 from wallvla.conversion.layouts import WallLayout, wall_entries
 from wallvla.conversion.tensor_files import DTYPES, TensorInfo, read_headers, read_tensor, write_tensors
 
@@ -66,8 +69,28 @@ def published_config() -> dict:
     }
 
 
-def write_source(folder: Path) -> None:
-    """The synthetic checkpoint, one tensor at a time. Numbers repeat after 2^20, which makes no step faster."""
+def write_x_vla(folder: Path) -> None:
+    """The synthetic X-VLA, one tensor at a time."""
+    folder.mkdir(parents=True)
+    config, layout = WallVLAConfig.x_vla(), x_vla.XVLALayout()
+    shapes = {entry.key: entry.shape for entry in x_vla.entries(config, layout)}
+    shapes[layout.prefix + x_vla.LOGITS_BIAS] = (1, config.vlm_config.text_config.vocab_size)
+    infos = {key: TensorInfo(Path(), "F32", shape) for key, shape in shapes.items()}
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
+
+    def tensors():
+        for key, shape in shapes.items():
+            count = torch.Size(shape).numel()
+            yield key, noise.repeat(-(-count // len(noise)))[:count].reshape(shape)
+
+    write_tensors(folder / "model.safetensors", infos, tensors())
+    (folder / "config.json").write_text(json.dumps(x_vla.upstream_config(config)))
+    tokenizer = BartTokenizer().train_new_from_iterator(["0123456789"], vocab_size=300, show_progress=False)
+    tokenizer.save_pretrained(folder)
+
+
+def write_wall_oss(folder: Path) -> None:
+    """The synthetic Wall-OSS-0.5, one tensor at a time. Numbers repeat after 2^20, which makes no step faster."""
     folder.mkdir(parents=True)
     config = WallVLAConfig()
     config.vlm_config.text_config.vocab_size = ROWS
@@ -126,16 +149,20 @@ def equal(first: Path, second: Path) -> bool:
     )
 
 
+SOURCES = {"wall-oss": write_wall_oss, "x-vla": write_x_vla}
+
+
 def main() -> None:
     """Writes the synthetic checkpoint, measures, prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, help="folder that does not exist yet")
+    parser.add_argument("--model", choices=list(SOURCES), default="wall-oss")
     parser.add_argument("--max-shard-size", default="4GB")
     options = parser.parse_args()
     folder = Path(options.folder)
     source, output, back = folder / "source", folder / "output", folder / "back"
     try:
-        write_source(source)
+        SOURCES[options.model](source)
         size = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 1e9
         result = {"source_gb": round(size, 2), "max_shard_size": options.max_shard_size}
         result["inspect"] = measured("inspect", str(source))

@@ -19,7 +19,10 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import os
 import platform
+import shlex
+import sys
 import threading
 import time
 from collections import Counter
@@ -558,7 +561,9 @@ def main() -> None:
     scaled = options.scaled or not on_gpu
     report = {
         "run": {
+            "command": shlex.join(["python", "benchmarks/latency.py", *sys.argv[1:]]),
             "machine": machine,
+            "load": f"{os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores",
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
             "commit": options.commit,

@@ -19,11 +19,14 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import Qwen2Tokenizer
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..action_experts_wallvla import ACTION_EXPERTS
 from ..configuration_wallvla import WallVLAConfig
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from ..processing_wallvla import WallVLAProcessor
+from . import x_vla, x_vla_robots
 from .layouts import (
     EXPERT,
     NORMALIZER,
@@ -32,6 +35,7 @@ from .layouts import (
     compare,
     find_prefix,
     find_wall_layout,
+    our_parameters,
     qwen_entries,
     wall_entries,
 )
@@ -47,6 +51,7 @@ from .published import (
 from .tensor_files import (
     DTYPE_NAMES,
     DTYPES,
+    INDEX_NAME,
     TensorInfo,
     checksum,
     read_header,
@@ -55,14 +60,24 @@ from .tensor_files import (
     write_index,
     write_tensors,
 )
+from .x_vla import XVLALayout
 
 
 DTYPES_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORT = "conversion_report.json"
 # What the upstream layout has and this one does not: kept as it is, for `export`
 PUBLISHED = "published"
-TABLES = "normalizers.safetensors"
-KEPT_FILES = ("config.json", "config.yml", "normalizer_*.pth")
+TABLES, UNUSED = "normalizers.safetensors", "unused.safetensors"
+KEPT_TENSORS = {"wall-oss": TABLES, "x-vla": UNUSED}
+WENT_TO = {
+    "wall-oss": f"processor_config.json (statistics) and {PUBLISHED}/{TABLES}",
+    "x-vla": f"{PUBLISHED}/{UNUSED}; nothing that is computed depends on it",
+}
+KEPT_FILES = {
+    "wall-oss": ("config.json", "config.yml", "normalizer_*.pth"),
+    "qwen2.5-vl": ("config.json",),
+    "x-vla": ("*.json", "*.txt"),
+}
 
 
 @dataclass
@@ -76,6 +91,7 @@ class Options:
     state_bins, longest_side: override what the checkpoint says.
     tables: which normaliser tables count where weights and `.pth` files disagree, "weights" or "files".
     action_tokens: discrete action tokens to add to a bare Qwen2.5-VL.
+    tokenizer: folder or Hub id of a tokenizer, for an X-VLA without one.
     seed: of the parameters that a bare Qwen2.5-VL does not have.
     """
 
@@ -86,6 +102,7 @@ class Options:
     longest_side: int | None = None
     tables: str | None = None
     action_tokens: int = 0
+    tokenizer: str | None = None
     seed: int = 0
 
 
@@ -102,16 +119,27 @@ class Origin:
     fill: str = "zeros"
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a family of checkpoints is here.
+
+    kept: keys of tensors that no parameter holds.
+    layout: how the family stores its tensors; `None`: the action expert is new.
+    """
+
+    config: WallVLAConfig
+    processor: WallVLAProcessor
+    entries: list[Entry]
+    kept: list[str]
+    layout: WallLayout | XVLALayout | None
+
+
 @dataclass
 class Plan:
     """Everything that is known before the first weight is read."""
 
     checkpoint: Checkpoint
-    config: WallVLAConfig
-    processor: WallVLAProcessor
-    entries: list[Entry]
-    tables: list[str]
-    layout: WallLayout | None
+    parts: Parts
     origins: dict[str, Origin]
     files: dict[str, dict[str, TensorInfo]]
     seed: int
@@ -121,21 +149,62 @@ class Plan:
         return {name: info for group in self.files.values() for name, info in group.items()}
 
 
-def our_parameters(config: WallVLAConfig) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of all parameters of the model, tied ones once."""
-    with torch.device("meta"):
-        model = WallVLAForConditionalGeneration(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def stays_float32(name: str, norms_stay: bool) -> bool:
+def stays_float32(name: str, config: WallVLAConfig) -> bool:
     """Whether a parameter keeps its stored dtype when the others are cast: heads, and norms of both experts if the
     model computes them in float32.
     """
     parts = name.split(".")
-    heads = ("action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj", "state_proj")
-    norms = ("input_layernorm", "post_attention_layernorm", "norm")
-    return parts[-2] in heads or (norms_stay and parts[-2] in norms and not name.startswith("vlm.model.visual."))
+    heads = (*ACTION_EXPERTS[config.action_expert.kind].fp32_modules, "state_proj")
+    norms = ("input_layernorm", "post_attention_layernorm", "norm") if config.norm_in_float32 else ()
+    return parts[-2] in heads or (parts[-2] in norms and not name.startswith("vlm.model.visual."))
+
+
+def wall_parts(checkpoint: Checkpoint, options: Options) -> Parts:
+    """Wall-OSS."""
+    tensors = checkpoint.tensors
+    tokenizer = load_tokenizer(checkpoint.folder)
+    config = wall_config(checkpoint, tokenizer)
+    prefix = find_prefix(list(tensors)) + NORMALIZER
+    kept = [key for key in tensors if key.startswith(prefix)]
+    layout = find_wall_layout(tensors, config)
+    entries = wall_entries(config, layout)
+    compare(entries, tensors, kept)
+    return Parts(config, qwen_processor(checkpoint, config, tokenizer, options), entries, kept, layout)
+
+
+def qwen_parts(checkpoint: Checkpoint, options: Options) -> Parts:
+    """A bare Qwen2.5-VL."""
+    tokenizer = load_tokenizer(checkpoint.folder, options.action_tokens)
+    config, rows = qwen_config(checkpoint, tokenizer)
+    entries = qwen_entries(config, list(checkpoint.tensors), rows)
+    compare(entries, checkpoint.tensors)
+    return Parts(config, qwen_processor(checkpoint, config, tokenizer, options), entries, [], None)
+
+
+def qwen_processor(
+    checkpoint: Checkpoint, config: WallVLAConfig, tokenizer: Qwen2Tokenizer, options: Options
+) -> WallVLAProcessor:
+    """The processor of the two families above."""
+    tables = load_tables(checkpoint, options.tables)
+    return build_processor(
+        checkpoint, config, tokenizer, tables, options.embodiment, options.state_bins, options.longest_side
+    )
+
+
+def x_vla_parts(checkpoint: Checkpoint, options: Options) -> Parts:
+    """X-VLA."""
+    steps = x_vla_robots.read_steps(checkpoint)
+    tokenizer = x_vla_robots.load_tokenizer(checkpoint.folder, options.tokenizer or steps.tokenizer)
+    config = x_vla_robots.published_config(checkpoint, steps, tokenizer)
+    layout = x_vla.find_layout(list(checkpoint.tensors))
+    kept = [key for key in checkpoint.tensors if key == layout.prefix + x_vla.LOGITS_BIAS]
+    entries = x_vla.entries(config, layout)
+    compare(entries, checkpoint.tensors, kept)
+    processor = x_vla_robots.build_processor(checkpoint, config, steps, tokenizer, options.embodiment)
+    return Parts(config, processor, entries, kept, layout)
+
+
+PARTS = {"wall-oss": wall_parts, "qwen2.5-vl": qwen_parts, "x-vla": x_vla_parts}
 
 
 def make_plan(source: str, options: Options) -> Plan:
@@ -147,45 +216,30 @@ def make_plan(source: str, options: Options) -> Plan:
     checkpoint = open_checkpoint(source)
     if checkpoint.family == "wallvla":
         raise ValueError(f"{source} is already in the layout of this package: load it, or use `wallvla export`.")
-    is_wall = checkpoint.family == "wall-oss"
-    if is_wall and options.action_tokens:
+    if options.action_tokens and checkpoint.family != "qwen2.5-vl":
         raise ValueError("--action-tokens extends a bare Qwen2.5-VL; this checkpoint has its own vocabulary.")
-    tokenizer = load_tokenizer(checkpoint.folder, options.action_tokens)
-    tensors = checkpoint.tensors
-    if is_wall:
-        config = wall_config(checkpoint, tokenizer)
-        prefix = find_prefix(list(tensors)) + NORMALIZER
-        table_keys = [key for key in tensors if key.startswith(prefix)]
-        layout = find_wall_layout(tensors, config)
-        entries = wall_entries(config, layout)
-    else:
-        config, rows = qwen_config(checkpoint, tokenizer)
-        table_keys, layout, entries = [], None, qwen_entries(config, list(tensors), rows)
-    compare(entries, {key: info for key, info in tensors.items() if key not in table_keys})
-    tables = load_tables(checkpoint, options.tables)
-    processor = build_processor(
-        checkpoint, config, tokenizer, tables, options.embodiment, options.state_bins, options.longest_side
-    )
-    origins = find_origins(entries)
+    parts = PARTS[checkpoint.family](checkpoint, options)
+    config, tensors = parts.config, checkpoint.tensors
+    origins = find_origins(parts.entries)
     shapes = our_parameters(config)
     assert set(origins) <= set(shapes), set(origins) - set(shapes)
     for name in shapes.keys() - origins.keys():
-        if is_wall or not name.startswith(f"{EXPERT}."):
+        if parts.layout is not None or not name.startswith(f"{EXPERT}."):
             raise ValueError(f"Nothing in the checkpoint becomes {name}: config.json and weights disagree.")
     # New parameters last; the others in the order of the published tensors, so that each of those is read once
     for name in shapes:
         fill = "ones" if "norm" in name else "zeros" if name.endswith("bias") else "normal"
         origins.setdefault(name, Origin(None, fill=fill))
-    main = DTYPES[tensors[entries[0].key].dtype] if options.dtype == "auto" else DTYPES_BY_NAME[options.dtype]
+    main = DTYPES[tensors[parts.entries[0].key].dtype] if options.dtype == "auto" else DTYPES_BY_NAME[options.dtype]
     config.dtype = main
     infos = {}
     for name, origin in origins.items():
         dtype = "F32" if origin.key is None else tensors[origin.key].dtype
-        if not stays_float32(name, config.norm_in_float32) and (options.dtype != "auto" or origin.key is None):
+        if not stays_float32(name, config) and (options.dtype != "auto" or origin.key is None):
             dtype = DTYPE_NAMES[main]
         infos[name] = TensorInfo(Path(), dtype, shapes[name])
     files = shards(infos, options.max_shard_size)
-    return Plan(checkpoint, config, processor, entries, table_keys, layout, origins, files, options.seed)
+    return Plan(checkpoint, parts, origins, files, options.seed)
 
 
 def find_origins(entries: list[Entry]) -> dict[str, Origin]:
@@ -211,7 +265,7 @@ def corner(tensor: torch.Tensor, start: int, shape: tuple[int, ...]) -> torch.Te
 
 
 def read_checked(checkpoint: Checkpoint, entry: Entry) -> torch.Tensor:
-    """A published tensor. Raises ValueError if it is not finite or its padding is not zero; names the key."""
+    """A published tensor in our form. Raises ValueError if it is not finite or its padding is not zero."""
     tensor = read_tensor(checkpoint.tensors[entry.key], entry.key)
     # Both ends are finite exactly if all is: NaN is passed on. One pass, no mask as large as the tensor
     if not all(end.isfinite() for end in torch.aminmax(tensor)):
@@ -227,7 +281,7 @@ def read_checked(checkpoint: Checkpoint, entry: Entry) -> torch.Tensor:
                 f"{entry.key} is {list(tensor.shape)}, which is padded to {[list(p.shape) for p in entry.pieces]}, "
                 f"but {int(nonzero)} numbers of the padding are not zero: it is not the padding that upstream adds."
             )
-    return tensor
+    return entry.to_ours(tensor)
 
 
 def initial(name: str, shape: tuple[int, ...], fill: str, std: float, seed: int) -> torch.Tensor:
@@ -240,11 +294,11 @@ def initial(name: str, shape: tuple[int, ...], fill: str, std: float, seed: int)
 
 def stream(plan: Plan, group: dict[str, TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of one shard. A published tensor that is cut into several pieces is read once."""
-    by_key = {entry.key: entry for entry in plan.entries}
+    by_key = {entry.key: entry for entry in plan.parts.entries}
     last_key, last = None, None
     for name, info in group.items():
         origin, dtype = plan.origins[name], DTYPES[info.dtype]
-        std = plan.config.initializer_range
+        std = plan.parts.config.initializer_range
         if origin.key is None:
             yield name, initial(name, info.shape, origin.fill, std, plan.seed).to(dtype)
             continue
@@ -262,7 +316,7 @@ def stream(plan: Plan, group: dict[str, TensorInfo]) -> Iterator[tuple[str, torc
 
 def check_tied_copies(plan: Plan) -> None:
     """A tied head that is stored a second time has to equal the embedding; it is not written again."""
-    for entry in plan.entries:
+    for entry in plan.parts.entries:
         for piece in entry.pieces:
             origin = plan.origins[piece.target]
             if origin.key != entry.key and not torch.equal(
@@ -329,35 +383,38 @@ def verify_weights(plan: Plan, folder: Path, checksums: dict[str, int], progress
 def write_repository(plan: Plan, folder: Path) -> None:
     """Configuration, processor, code files and what is kept for `export`; everything but the weights."""
     with torch.device("meta"):
-        model = WallVLAForConditionalGeneration(plan.config)
-    plan.config.architectures = [type(model).__name__]
-    custom_object_save(model, folder, config=plan.config)
-    plan.config.save_pretrained(folder)
-    plan.processor.save_pretrained(folder)
-    kept = folder / PUBLISHED
+        model = WallVLAForConditionalGeneration(plan.parts.config)
+    plan.parts.config.architectures = [type(model).__name__]
+    custom_object_save(model, folder, config=plan.parts.config)
+    plan.parts.config.save_pretrained(folder)
+    plan.parts.processor.save_pretrained(folder)
+    family, kept = plan.checkpoint.family, folder / PUBLISHED
     kept.mkdir(exist_ok=True)
-    for pattern in KEPT_FILES:
+    for pattern in KEPT_FILES[family]:
         for path in plan.checkpoint.folder.glob(pattern):
-            shutil.copyfile(path, kept / path.name)
-    if plan.tables:
-        infos = {key: plan.checkpoint.tensors[key] for key in plan.tables}
-        write_tensors(kept / TABLES, infos, ((key, read_tensor(info, key)) for key, info in infos.items()))
+            if path.name != INDEX_NAME:
+                shutil.copyfile(path, kept / path.name)
+    if plan.parts.kept:
+        infos = {key: plan.checkpoint.tensors[key] for key in plan.parts.kept}
+        write_tensors(
+            kept / KEPT_TENSORS[family], infos, ((key, read_tensor(info, key)) for key, info in infos.items())
+        )
 
 
 def make_report(plan: Plan, checksums: dict[str, int]) -> dict:
     """Every published key and where it went, every parameter of ours and where it came from."""
     tensors = plan.checkpoint.tensors
     source = {}
-    for entry in plan.entries:
+    for entry in plan.parts.entries:
         went = [
             {"parameter": piece.target, "first_row": piece.start, "shape": list(piece.shape)} for piece in entry.pieces
         ]
         source[entry.key] = {"dtype": tensors[entry.key].dtype, "shape": list(entry.shape), "went_to": went}
-    for key in plan.tables:
+    for key in plan.parts.kept:
         source[key] = {
             "dtype": tensors[key].dtype,
             "shape": list(tensors[key].shape),
-            "went_to": f"processor_config.json (statistics) and {PUBLISHED}/{TABLES}",
+            "went_to": WENT_TO[plan.checkpoint.family],
         }
     assert set(source) == set(tensors), set(source) ^ set(tensors)
     parameters = {}
@@ -376,11 +433,11 @@ def make_report(plan: Plan, checksums: dict[str, int]) -> dict:
     return {
         "family": plan.checkpoint.family,
         "is_port": plan.checkpoint.is_port,
-        "layout": None if plan.layout is None else asdict(plan.layout),
+        "layout": None if plan.parts.layout is None else asdict(plan.parts.layout),
         "source": str(plan.checkpoint.folder),
         "seed": plan.seed,
         "notes": plan.checkpoint.notes,
-        "embodiments": list(plan.processor.embodiments),
+        "embodiments": list(plan.parts.processor.embodiments),
         "source_keys": source,
         "parameters": parameters,
     }

@@ -3,21 +3,23 @@
 import inspect
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from tqdm import tqdm
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ..action_space_wallvla import Embodiment
 from ..configuration_wallvla import WallVLAConfig
 from ..processing_wallvla import WallVLAProcessor
-from .converter import PUBLISHED, REPORT, TABLES, check_space, corner, in_folder, our_parameters
-from .layouts import NORMALIZER, Entry, Piece, WallLayout, compare, wall_entries
+from . import x_vla, x_vla_robots
+from .converter import PUBLISHED, REPORT, TABLES, UNUSED, check_space, corner, in_folder
+from .layouts import NORMALIZER, Entry, Piece, WallLayout, compare, our_parameters, wall_entries
 from .published import CANONICAL_DOF, load_tokenizer
 from .tensor_files import (
     DTYPE_NAMES,
@@ -32,6 +34,7 @@ from .tensor_files import (
     write_index,
     write_tensors,
 )
+from .x_vla import XVLALayout
 
 
 STATE_PROJECTION = "state_proj.weight"
@@ -40,10 +43,10 @@ STATE_PROJECTION = "state_proj.weight"
 def export(
     source: str | Path, output: str | Path, max_shard_size: int | None = None, show_progress: bool = False
 ) -> Path:
-    """Writes the checkpoint of `source` in the published Wall-OSS layout.
+    """Writes the checkpoint of `source` in the published layout of its kind, that of Wall-OSS or of X-VLA.
 
-    A converted repository gives back the tensors that it came from, byte by byte, with its own config.json, config.yml
-    and normalisers. Another one (trained here, or from a bare Qwen2.5-VL) gets files in the same form.
+    A converted repository gives back the tensors that it came from, byte by byte, with its own configuration and
+    normalisers. Another one (trained here, or from a bare Qwen2.5-VL) gets files in the same form.
 
     Args:
         source: folder in the layout of this package.
@@ -59,24 +62,21 @@ def export(
     if not (source / "config.json").exists() or read_json(source / "config.json").get("model_type") != "wallvla":
         raise ValueError(f"{source} is no repository of this package. `wallvla inspect` says what it is.")
     config = WallVLAConfig.from_pretrained(source, local_files_only=True)
+    kinds = config.vlm_config.model_type, config.action_expert.kind
+    if kinds not in OUTPUTS:
+        known = ", ".join(f"{expert} on {vlm}" for vlm, expert in OUTPUTS)
+        raise ValueError(
+            f"No published layout has a place for an action expert {kinds[1]} on {kinds[0]}; exports are: {known}."
+        )
     processor = load_processor(source)
     tensors = read_headers(source)
     ours = [Entry(name, shape, (Piece(name, 0, shape),)) for name, shape in our_parameters(config).items()]
     compare(ours, tensors)
     report = read_json(source / REPORT) if (source / REPORT).exists() else {}
-    layout = WallLayout(**report["layout"]) if report.get("layout") else default_layout(config)
-    if 0 < layout.state_rows < config.vlm_config.text_config.hidden_size:
-        weights = read_tensor(tensors[STATE_PROJECTION], STATE_PROJECTION)
-        if torch.count_nonzero(weights[layout.state_rows :]):  # trained since it was converted
-            layout = replace(layout, state_rows=len(weights))
-    entries = wall_entries(config, layout)
-    tables = published_tables(source, processor, config)
+    published = OUTPUTS[kinds](source, config, processor, tensors, report.get("layout"))
+    entries, kept = published.entries, published.kept
     infos = {entry.key: TensorInfo(Path(), tensors[entry.pieces[0].target].dtype, entry.shape) for entry in entries}
-    prefix = layout.prefix + NORMALIZER
-    tables = {prefix + key.partition(NORMALIZER)[2]: values for key, values in tables.items()}
-    infos |= {
-        key: TensorInfo(Path(), DTYPE_NAMES[values.dtype], tuple(values.shape)) for key, values in tables.items()
-    }
+    infos |= {key: TensorInfo(Path(), DTYPE_NAMES[values.dtype], tuple(values.shape)) for key, values in kept.items()}
     files = shards(infos, max_shard_size or sum(info.bytes for info in infos.values()))
 
     folder = output.with_name(output.name + ".partial")
@@ -89,15 +89,80 @@ def export(
         by_key = {entry.key: entry for entry in entries}
         with make_bar("export", sum(info.bytes for info in infos.values())) as progress:
             for file, group in files.items():
-                write_file(folder / file, group, by_key, tables, tensors, progress)
+                write_file(folder / file, group, by_key, kept, tensors, progress)
         write_index(folder, files)
-        write_files(source, folder, config, processor, layout, tables)
-        if not report.get("layout"):  # never was a Wall-OSS: the files of a bare Qwen2.5-VL do not describe it
-            content = json.dumps(upstream_config(config, layout), indent=2)
-            (folder / "config.json").write_text(content + "\n")
+        published.write_files(folder)
         return output
 
     return in_folder(folder, output, work, show_progress)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What an export writes: tensors made of ours, tensors that are kept, and the small files, into a folder."""
+
+    entries: list[Entry]
+    kept: dict[str, torch.Tensor]
+    write_files: Callable[[Path], None]
+
+
+def wall_output(
+    source: Path,
+    config: WallVLAConfig,
+    processor: WallVLAProcessor,
+    tensors: dict[str, TensorInfo],
+    found: dict | None,
+) -> Published:
+    """The Wall-OSS layout: that of `found`, or as Wall-OSS-0.5 has it."""
+    layout = WallLayout(**found) if found else default_layout(config)
+    if 0 < layout.state_rows < config.vlm_config.text_config.hidden_size:
+        weights = read_tensor(tensors[STATE_PROJECTION], STATE_PROJECTION)
+        if torch.count_nonzero(weights[layout.state_rows :]):  # trained since it was converted
+            layout = replace(layout, state_rows=len(weights))
+    prefix = layout.prefix + NORMALIZER
+    tables = published_tables(source, processor, config)
+    tables = {prefix + key.partition(NORMALIZER)[2]: values for key, values in tables.items()}
+
+    def write(folder: Path) -> None:
+        write_files(source, folder, config, processor, layout, tables)
+        if not found:  # never was a Wall-OSS: the files of a bare Qwen2.5-VL do not describe it
+            write_json(folder / "config.json", upstream_config(config, layout))
+
+    return Published(wall_entries(config, layout), tables, write)
+
+
+def x_vla_output(
+    source: Path,
+    config: WallVLAConfig,
+    processor: WallVLAProcessor,
+    tensors: dict[str, TensorInfo],
+    found: dict | None,
+) -> Published:
+    """X-VLA's layout: that of `found`, or as its authors have it."""
+    layout = XVLALayout(**found) if found else XVLALayout()
+    file, stored = source / PUBLISHED / UNUSED, source / PUBLISHED / "config.json"
+    kept = {key: read_tensor(info, key) for key, info in read_header(file).items()} if file.exists() else {}
+    values = read_json(stored) if stored.exists() else x_vla.upstream_config(config)
+    domains = len(config.domains)
+
+    def write(folder: Path) -> None:
+        processor.tokenizer.save_pretrained(folder)
+        processor.image_processor.save_pretrained(folder)
+        for path in (*stored.parent.glob("*.json"), *stored.parent.glob("*.txt")):
+            shutil.copyfile(path, folder / path.name)
+        if not stored.exists() or values.get("num_domains", 30) != domains:
+            write_json(folder / "config.json", values | {"num_domains": domains})
+
+    return Published(x_vla.entries(config, layout), kept, write)
+
+
+# By the kinds of VLM and action expert
+OUTPUTS = {("qwen2_5_vl", "mot"): wall_output, ("florence2", "soft_prompt"): x_vla_output}
+
+
+def write_json(path: Path, values: dict) -> None:
+    """A JSON file as people read it."""
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def load_processor(folder: Path) -> WallVLAProcessor:
@@ -106,6 +171,9 @@ def load_processor(folder: Path) -> WallVLAProcessor:
     names = inspect.signature(WallVLAProcessor.__init__).parameters
     parts = ("image_processor", "action_codec")  # in files of their own, or not needed here
     fields = {name: value for name, value in values.items() if name in names and name not in parts}
+    if values["image_processor"]["image_processor_type"].startswith("CLIP"):  # X-VLA
+        image_processor = CLIPImageProcessorPil.from_dict(values["image_processor"])
+        return WallVLAProcessor(image_processor, x_vla_robots.load_tokenizer(folder, str(folder)), **fields)
     image_processor = Qwen2VLImageProcessorPil.from_dict(values["image_processor"])
     return WallVLAProcessor(image_processor, load_tokenizer(folder), **fields)
 
@@ -123,8 +191,9 @@ def default_layout(config: WallVLAConfig) -> WallLayout:
 def assemble(entry: Entry, tensors: dict[str, TensorInfo], dtype: torch.dtype) -> torch.Tensor:
     """A published tensor from our parameters: the inverse of cutting it up. What no piece covers is zero."""
     only = entry.pieces[0]
-    if len(entry.pieces) == 1 and only.shape == entry.shape:
-        return corner(read_tensor(tensors[only.target], only.target), 0, only.shape).to(dtype).contiguous()
+    if entry.is_whole:
+        ours = corner(read_tensor(tensors[only.target], only.target), 0, only.shape)
+        return entry.to_published(ours).to(dtype).contiguous()
     result = torch.zeros(entry.shape, dtype=dtype)
     for piece in entry.pieces:
         part = corner(read_tensor(tensors[piece.target], piece.target), 0, piece.shape)

@@ -9,21 +9,29 @@ from ..action_space_wallvla import Embodiment
 from .layouts import NORMALIZER, find_prefix
 from .published import MAX_TABLE_BYTES, find_family, locate
 from .tensor_files import read_headers, read_json
+from .x_vla import published_sizes
 
 
 def part_of(key: str) -> str:
     """The part of the network that a parameter belongs to, in any of the known layouts."""
     if NORMALIZER in key:
         return "normaliser tables"
-    if "visual." in key:
+    if any(
+        name in key for name in ("visual.", "vision_tower.", "vlm.image_", "multi_modal_projector.", "visual_temporal")
+    ):
         return "vision tower"
-    if "embed_tokens" in key or "lm_head" in key:
+    if any(
+        name in key for name in ("embed_tokens", "lm_head", "language_model.shared.", "language_model.model.shared.")
+    ):
         return "token embedding"
+    if "soft_prompt" in key:
+        return "soft prompts"
     heads = ("action_preprocessor.", "state_proj.", "action_in_proj.", "action_time_mlp", "action_out_proj.")
+    heads += ("action_encoder.", "action_decoder.")
     if any(name in key for name in heads):
         return "action heads"
     second = ("_experts.1.", ".experts.1.", "norms.1.")
-    if key.startswith("action_expert.") or any(name in key for name in second):
+    if key.startswith(("action_expert.", "transformer.", "model.transformer.")) or any(name in key for name in second):
         return "action expert"
     return "language model"
 
@@ -75,10 +83,11 @@ def inspect(path: str) -> dict:
         count = prod(info.shape)
         parts[part_of(key)] = parts.get(part_of(key), 0) + count
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + count
-    embedding = [info.shape for key, info in tensors.items() if key.endswith("embed_tokens.weight")]
+    embedding = [info.shape for key, info in tensors.items() if part_of(key) == "token embedding"]
     prefix = find_prefix(keys)
     heads = ("action_expert.action_out_proj.weight", f"{prefix}action_preprocessor.action_proj_back.weight")
     action_dim = [tensors[name].shape[0] for name in heads if name in tensors]
+    action_dim += [info.shape[-1] for key, info in tensors.items() if key == "action_expert.action_decoder.bias"]
     weights = sum(count for part, count in parts.items() if part != "normaliser tables")
     result = {
         "path": path,
@@ -109,6 +118,8 @@ def inspect(path: str) -> dict:
         projected = f"{prefix}action_preprocessor.propri_proj.weight" in tensors
         result["proprioception"] = "projected" if projected else "text"
         result["normalisers"] = {kind: table_names(folder, keys, kind) for kind in ("action", "propri")}
+    elif family == "x-vla":
+        result |= published_sizes(config, tensors)
     return result
 
 
@@ -125,6 +136,10 @@ def inspection_text(result: dict) -> str:
         lines.append(f"actions: {result['action_dim']} channels, horizon {result['action_horizon'] or 'not stated'}")
     if "proprioception" in result:
         lines.append(f"proprioception: {result['proprioception']}")
+    if "action_mode" in result:
+        lines.append(
+            f"action mode {result['action_mode']}; {result['domains']} domains, {result['soft_prompts']} soft prompts"
+        )
     for name, value in result.get("processor", {}).items():
         lines.append(f"{name}: {value}")
     if "action_tokens" in result:

@@ -3,10 +3,14 @@
 A published tensor is cut by rows into our parameters. What is left over is padding and has to be zero.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
+
+import torch
 
 from ..configuration_wallvla import WallVLAConfig
+from ..modeling_wallvla import WallVLAForConditionalGeneration
 from .tensor_files import TensorInfo
 
 
@@ -30,11 +34,31 @@ class Piece:
 
 @dataclass(frozen=True)
 class Entry:
-    """A published tensor: its key, its shape and the pieces it is cut into."""
+    """A published tensor: its key, its shape and the pieces it is cut into.
+
+    A tensor that is all of one parameter may be stored in another shape, its numbers in the same order, or, if
+    `transposed`, as the transpose of our matrix.
+    """
 
     key: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    transposed: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tensor is one parameter and nothing else."""
+        return len(self.pieces) == 1 and prod(self.shape) == prod(self.pieces[0].shape)
+
+    def to_ours(self, stored: torch.Tensor) -> torch.Tensor:
+        """The published tensor in the form of our parameter; as it is, if it is cut into several."""
+        if not self.is_whole:
+            return stored
+        return (stored.T if self.transposed else stored).reshape(self.pieces[0].shape)
+
+    def to_published(self, ours: torch.Tensor) -> torch.Tensor:
+        """Inverse of `to_ours` for a tensor that is one parameter."""
+        return (ours.T if self.transposed else ours).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -55,6 +79,15 @@ class WallLayout:
     state_rows: int = 0
     lm_head: bool = False
     prefix: str = ""
+
+
+def our_parameters(config: WallVLAConfig) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of all that a checkpoint of ours stores: parameters, tied ones once, and buffers."""
+    with torch.device("meta"):
+        model = WallVLAForConditionalGeneration(config)
+    stored = model.state_dict()
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tuple(tensor.shape) for name, tensor in tensors if name in stored}
 
 
 def find_prefix(keys: list[str]) -> str:
@@ -229,11 +262,13 @@ def qwen_entries(config: WallVLAConfig, keys: list[str], vocab_size: int) -> lis
     return entries + vision_entries(config, vision_prefix, False, vision_width)
 
 
-def compare(entries: list[Entry], tensors: dict[str, TensorInfo]) -> None:
-    """Raises ValueError if a checkpoint is not exactly `entries`: names missing, unexpected and mis-shaped keys."""
+def compare(entries: list[Entry], tensors: dict[str, TensorInfo], kept: Collection[str] = ()) -> None:
+    """Raises ValueError if a checkpoint is not exactly `entries` and `kept`: names missing, unexpected and mis-shaped
+    keys.
+    """
     expected = {entry.key: entry.shape for entry in entries}
     missing = sorted(set(expected) - set(tensors))
-    unexpected = sorted(set(tensors) - set(expected))
+    unexpected = sorted(set(tensors) - set(expected) - set(kept))
     shapes = [
         f"{key} is {list(tensors[key].shape)}, the configuration says {list(shape)}"
         for key, shape in expected.items()

@@ -21,8 +21,8 @@ from .tensor_files import TensorInfo, read_headers, read_json, read_tensor
 
 
 SUPPORTED = (
-    "Supported: Wall-OSS-0.5 (also LeRobot's port), wall-oss-flow-0.1, Qwen2.5-VL of any size. docs/checkpoints.md "
-    "has the command for each."
+    "Supported: Wall-OSS-0.5 and X-VLA (also LeRobot's ports), wall-oss-flow-0.1, Qwen2.5-VL of any size. "
+    "docs/checkpoints.md has the command for each."
 )
 FILES = ["*.json", "*.safetensors", "*.pth", "*.yml", "*.yaml", "*.txt", "*.jinja", "*.model"]
 # Tables of a few hundred numbers; anything larger is no normaliser
@@ -53,7 +53,7 @@ ACTION_TOKEN = "<|action_token_{}|>"
 class Checkpoint:
     """A published checkpoint on disk, headers only.
 
-    family: "wall-oss", "qwen2.5-vl" or "wallvla" (already in this layout).
+    family: "wall-oss", "x-vla", "qwen2.5-vl" or "wallvla" (already in this layout).
     config: its config.json (of LeRobot's port the part that describes the network).
     recipe: its config.yml, or LeRobot's fields.
     """
@@ -67,13 +67,13 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
 
 
-def locate(source: str) -> Path:
+def locate(source: str, patterns: list[str] = FILES) -> Path:
     """The folder of a checkpoint: `source` itself, or a snapshot of the Hub repository of that name."""
     if Path(source).is_dir():
         return Path(source)
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{source} is neither a folder nor a Hub id such as x-square-robot/wall-oss-0.5.")
-    return Path(snapshot_download(source, allow_patterns=FILES))
+    return Path(snapshot_download(source, allow_patterns=patterns))
 
 
 def find_family(keys: list[str]) -> str:
@@ -82,6 +82,8 @@ def find_family(keys: list[str]) -> str:
     names = [key.removeprefix(prefix) for key in keys]
     if any(key.startswith("action_expert.") for key in names):
         return "wallvla"
+    if any(key.endswith("transformer.action_encoder.fc.weight") for key in keys):
+        return "x-vla"
     if any("qkv_proj_experts." in key or ".q_proj_experts." in key for key in names):
         return "wall-oss"
     if any(".moe.experts.1." in key for key in names):
@@ -99,6 +101,12 @@ def find_family(keys: list[str]) -> str:
 def open_checkpoint(source: str) -> Checkpoint:
     """Reads what a checkpoint says about itself; no weights."""
     folder = locate(source)
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} is a LoRA adapter of {base}, not a checkpoint. Merge it with peft in the published code "
+            "(`PeftModel.from_pretrained(model, adapter).merge_and_unload()`), save the model and convert that folder."
+        )
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json. Give the folder of a complete checkpoint. {SUPPORTED}")
     tensors = read_headers(folder)
@@ -107,8 +115,8 @@ def open_checkpoint(source: str) -> Checkpoint:
     if (folder / "config.yml").exists():
         recipe = yaml.safe_load((folder / "config.yml").read_text()) or {}
     family = find_family(list(tensors))
-    is_port = family == "wall-oss" and config.get("type") == "wall_oss_05"
-    if is_port:
+    is_port = (family, config.get("type")) in (("wall-oss", "wall_oss_05"), ("x-vla", "xvla"))
+    if is_port and family == "wall-oss":
         if not config.get("vlm_config"):
             raise ValueError(
                 "LeRobot's config.json has no vlm_config, which describes the network. Download it again."

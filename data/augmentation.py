@@ -107,7 +107,7 @@ def drop_cameras(probability: float, always_keep: Sequence[str] = ()) -> Augment
 
 
 def _drop_cameras(sample: dict, rng: np.random.Generator, *, probability: float, always_keep: tuple[str, ...]) -> dict:
-    if not _is_action_sample(sample):
+    if not _is_action_sample(sample) or not sample["images"]:
         return sample
     cameras = list(sample["images"])
     draws = rng.random(len(cameras))

@@ -56,6 +56,8 @@ class LeRobotDataset:
             (T, D): forward kinematics, other conventions; see `unification.py`.
         action_times_s: (H,) seconds after the observation at which the steps of a chunk lie, ascending; see
             `chunks.py`. Default: step j is the j-th next frame.
+        full_sequence: the chunk of a frame is all that is left of its episode: H steps at even distances from the
+            action of the frame to the last one, none of them padding. Instead of `action_times_s`.
         interpolate: `interpolate(lower (..., D), upper (..., D), fraction (...,))` between two neighbouring frames,
             for times that fall between them. Default: linear. `Embodiment.interpolate_actions` turns rotations.
         skip_errors: leave out episodes that cannot be read and list them in `skipped`, instead of raising.
@@ -97,6 +99,7 @@ class LeRobotDataset:
         action_key: str | None = "action",
         convert: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
         action_times_s: Sequence[float] | None = None,
+        full_sequence: bool = False,
         interpolate: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] = linear,
         skip_errors: bool = False,
         revision: str | None = None,
@@ -122,6 +125,9 @@ class LeRobotDataset:
                 )
         self.tasks = read_tasks(self.root, info)
         self._action_steps = _steps_of_times(action_times_s, action_horizon, self.fps)
+        if full_sequence and action_times_s is not None:
+            raise ValueError("Found full_sequence and action_times_s. Steps have times, or they fill the episode.")
+        self._full_sequence = full_sequence
         self._records = _select(read_episodes(self.root, info, self._video_keys), episodes, self.root)
         if self._hub is None:
             self._check_videos_exist()
@@ -284,13 +290,17 @@ class LeRobotDataset:
         """
         indices = np.asarray(indices)
         last = self.episode_bounds[self._episode_of_frame[indices], 1][:, None] - 1  # (B, 1)
-        if self._action_steps is None:
+        if self._full_sequence:
+            wanted = indices[:, None] + (last - indices[:, None]) * np.linspace(0, 1, self.action_horizon)  # (B, H)
+        elif self._action_steps is None:
             steps = indices[:, None] + np.arange(self.action_horizon)  # (B, H)
             return self.actions[np.minimum(steps, last)], steps > last
-        steps = np.minimum(indices[:, None] + self._action_steps, last)
+        else:
+            wanted = indices[:, None] + self._action_steps
+        steps = np.minimum(wanted, last)
         lower = np.floor(steps).astype(np.int64)
         between = self._interpolate(self.actions[lower], self.actions[np.minimum(lower + 1, last)], steps - lower)
-        return between.astype(np.float32), indices[:, None] + self._action_steps > last
+        return between.astype(np.float32), wanted > last
 
     def image(self, index: int, camera: str) -> np.ndarray:
         """One decoded image: uint8 (h, w, 3) RGB. `camera` is one of `camera_keys`."""

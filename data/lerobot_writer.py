@@ -159,6 +159,39 @@ class LeRobotWriter:
                 self._frames.histograms.setdefault(name, ImageHistogram()).add(value)
         self._frames.count += 1
 
+    def add_frames(self, columns: dict[str, np.ndarray]):
+        """Add frames without cameras to the current episode, all at once.
+
+        Args:
+            columns: numbers (T, n) for every feature of shape (n,).
+
+        Raises:
+            ValueError: as `add_frame`, the dataset has cameras or strings, or the columns differ in length.
+        """
+        self._check_open()
+        odd = [name for name, feature in self.features.items() if feature["dtype"] not in NUMERIC_DTYPES]
+        arrays = {name: np.asarray(values) for name, values in columns.items()}
+        lengths = {name: array.shape[:1] for name, array in arrays.items()}
+        if odd or arrays.keys() != self.features.keys() or len(set(lengths.values())) != 1:
+            raise ValueError(
+                f"add_frames got columns of lengths {lengths} for the features {', '.join(self.features)}. It takes "
+                "one number of frames for each, and no cameras or strings: use add_frame for them."
+            )
+        checked = {}
+        for name, array in arrays.items():
+            feature = self.features[name]
+            if array.shape[1:] != tuple(feature["shape"]):
+                raise ValueError(f"{name} has shape {array.shape}; it must be (frames, {feature['shape'][0]}).")
+            try:
+                checked[name] = _checked_value(name, array.ravel(), feature | {"shape": [array.size]}, 0)
+            except ValueError:
+                for number, row in enumerate(array, self._frames.count):  # the same error, about its frame alone
+                    _checked_value(name, row, feature, number)
+                raise
+        for name, values in checked.items():
+            self._frames.columns.setdefault(name, []).append(values)
+        self._frames.count += next(iter(lengths.values()))[0]
+
     def discard_episode(self):
         """Forget the frames added since the last saved episode (a failed demonstration)."""
         self._check_open()

@@ -23,7 +23,7 @@ multimodal:
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
@@ -50,6 +50,10 @@ class ActionEntry:
     The steps of a chunk are one period of the robot's control frequency apart. Without `resample` they are frames, so
     the dataset must have that frequency. `resample` puts them where they belong, between frames where need be; that
     takes absolute targets. `anchors` does the same, but starts one period after the observation (X-VLA).
+
+    `full_sequence` (Qwen-VLA's text-to-action stage): a trajectory is one sample, its chunk the whole of it in
+    action_horizon steps at even distances, whatever its duration; it takes absolute targets too. `one_group`: power
+    sampling takes all trajectories for one task, as where hardly two instructions are equal.
     """
 
     dataset: str
@@ -65,6 +69,8 @@ class ActionEntry:
     action_key: str | None = "action"
     resample: bool = False
     anchors: bool = False
+    full_sequence: bool = False
+    one_group: bool = False
     frames_in_memory: bool = False
 
 
@@ -219,7 +225,12 @@ def _action_source(entry: ActionEntry, folder: Path, embodiments: Mapping[str, E
             f"{', '.join(embodiments) or 'none'}. Add its JSON under robots."
         )
     dataset = open_entry(entry, embodiments[entry.embodiment], folder, skip_errors)
-    return trajectory_source(entry.name or Path(entry.dataset).name, dataset, entry.weight, entry.frame_step_size)
+    name = entry.name or Path(entry.dataset).name
+    source = trajectory_source(name, dataset, entry.weight, entry.frame_step_size)
+    if entry.full_sequence:
+        starts = source.bounds[:, 0]
+        source = replace(source, bounds=np.stack([starts, starts + 1], axis=1))
+    return replace(source, labels=[name] * len(source.labels)) if entry.one_group else source
 
 
 def open_entry(
@@ -228,10 +239,16 @@ def open_entry(
     """The dataset of an entry, as its robot sees it. `folder` is where relative paths start.
 
     Raises:
-        ValueError: the vectors do not fit the robot's layouts, or its steps are not the dataset's frames.
+        ValueError: the vectors do not fit the robot's layouts, its steps are not the dataset's frames, or the entry
+            spaces them in two ways.
     """
     folder = Path(folder)
     local = folder / entry.dataset
+    if entry.full_sequence and (entry.resample or entry.anchors or entry.frame_step_size > 1):
+        raise ValueError(
+            f"{entry.dataset} has full_sequence and resample, anchors or frame_step_size. A full sequence fills the "
+            "horizon whatever its duration; leave the others out."
+        )
     times = None
     if entry.resample or entry.anchors:
         times = (np.arange(robot.action_horizon) + entry.anchors) / robot.control_frequency
@@ -247,12 +264,13 @@ def open_entry(
         action_key=entry.action_key,
         convert=read_conversion(folder / entry.convert) if entry.convert else None,
         action_times_s=times,
+        full_sequence=entry.full_sequence,
         interpolate=robot.interpolate_actions,
         skip_errors=skip_errors,
         revision=entry.revision,
     )
     check_fit(dataset, robot)
-    if times is None and abs(dataset.fps / robot.control_frequency - 1) > 0.01:
+    if times is None and not entry.full_sequence and abs(dataset.fps / robot.control_frequency - 1) > 0.01:
         raise ValueError(
             f"{entry.dataset} has {dataset.fps:g} frames per second; robot {entry.embodiment} takes "
             f"{robot.control_frequency:g} steps per second (control_frequency). Correct it, or, if the actions are "

@@ -11,7 +11,9 @@ dynamics, which nothing here needs, for fourteen compiled packages.
 T frames, S state and D action numbers.
 """
 
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -43,6 +45,8 @@ class UrdfArm:
 
     Attributes:
         joint_names (`list[str]`): the chain's joints in the order in which `poses` expects them.
+        position_limits (`(J, 2)` float64): lower and upper, radians or metres; infinite where the URDF has none.
+        velocity_limits (`(J,)` float64): largest speed to either side, per second; infinite where it has none.
     """
 
     def __init__(self, urdf: str | Path, link: str, base: str | None = None):
@@ -54,7 +58,9 @@ class UrdfArm:
             raise ImportError('Forward kinematics needs pytorch-kinematics: pip install "wallvla[urdf]".') from error
         path = Path(urdf)
         try:
-            chain = pytorch_kinematics.build_chain_from_urdf(path.read_bytes())
+            # The parser prints a line for every attribute that URDF does not have, of which vendors' files are full.
+            with redirect_stderr(io.StringIO()):
+                chain = pytorch_kinematics.build_chain_from_urdf(path.read_bytes())
         except XMLSyntaxError as error:
             raise ValueError(f"{path} is no URDF: {error}.") from error
         links = [frame.link.name for frame in _frames(chain._root)]
@@ -64,9 +70,22 @@ class UrdfArm:
         serial = pytorch_kinematics.SerialChain(chain, link, root_frame_name=base or "")
         self._chain = serial.to(dtype=torch.float64)
         self.joint_names = list(serial.get_joint_parameter_names())
+        self.position_limits = np.array(serial.get_joint_limits(), dtype=np.float64).T
+        self.velocity_limits = np.array(serial.get_joint_velocity_limits()[1], dtype=np.float64)
 
     def poses(self, joints: np.ndarray) -> Pose:
         """Positions (T, 3) in metres and rotations (T, 3, 3) for joint positions (T, J), radians or metres."""
+        matrices = self._chain.forward_kinematics(self._checked(joints)).get_matrix().numpy()
+        return matrices[:, :3, 3], matrices[:, :3, :3]
+
+    def poses_and_jacobians(self, joints: np.ndarray) -> tuple[Pose, np.ndarray]:
+        """`poses`, and the geometric Jacobian (T, 6, J): velocity and angular velocity in the base's axes."""
+        jacobians, matrices = self._chain.jacobian(self._checked(joints), ret_eef_pose=True)
+        matrices = matrices.numpy()
+        return (matrices[:, :3, 3], matrices[:, :3, :3]), jacobians.numpy()
+
+    def _checked(self, joints: np.ndarray):
+        """Joints (T, J) as a float64 tensor."""
         import torch
 
         joints = np.asarray(joints, dtype=np.float64)
@@ -75,8 +94,7 @@ class UrdfArm:
                 f"Found joints of shape {joints.shape}; the chain has {len(self.joint_names)}: "
                 f"{', '.join(self.joint_names)}. Correct the columns."
             )
-        matrices = self._chain.forward_kinematics(torch.from_numpy(joints)).get_matrix().numpy()
-        return matrices[:, :3, 3], matrices[:, :3, :3]
+        return torch.from_numpy(joints)
 
 
 def _frames(frame) -> list:

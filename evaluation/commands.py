@@ -44,6 +44,7 @@ def eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--settle-steps", type=int, default=0, help="steps after the first success")
     parser.add_argument("--image-size", type=int, default=64, help="pixels of a camera image")
     parser.add_argument("--num-inference-steps", type=int, help="Euler steps; default: the checkpoint's own")
+    parser.add_argument("--temperature", type=float, default=1.0, help="scale of the noise that the flow starts from")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", "--num-processes", type=int, default=2, help="parallel processes")
     parser.add_argument("--baselines", action="store_true", help="also a random policy, and Meta-World's expert")
@@ -68,7 +69,7 @@ def run_eval(options: argparse.Namespace) -> None:
         path = str(Path(options.path).resolve()) if Path(options.path).is_dir() else options.path
         name = Path(path).name
         policy = {"kind": "hub", "path": path, "embodiment": options.embodiment, "device": options.device}
-        policy["num_inference_steps"] = options.num_inference_steps
+        policy |= {"num_inference_steps": options.num_inference_steps, "temperature": options.temperature}
     policies = {"policy": policy}
     if options.baselines:
         policies |= {"scripted expert": {"kind": "expert"}} if in_metaworld else {}

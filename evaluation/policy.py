@@ -67,6 +67,7 @@ class HubPolicy:
         seed: with the episode's seed and the number of the call it fixes the noise, so that the same episode gives the
             same actions in any process and any order.
         discrete: act by the discrete action tokens, `model.generate_action_tokens`, instead of the flow.
+        temperature: scale of the noise that the flow starts from; 1 is how it was trained, 0 always the same action.
 
     Raises:
         ValueError: the processor does not know the embodiment.
@@ -80,6 +81,7 @@ class HubPolicy:
         num_inference_steps: int | None = None,
         seed: int = 0,
         discrete: bool = False,
+        temperature: float = 1.0,
     ):
         if embodiment not in processor.embodiments:
             known = ", ".join(sorted(processor.embodiments)) or "none"
@@ -90,6 +92,7 @@ class HubPolicy:
         self.num_inference_steps = num_inference_steps
         self.seed = seed
         self.discrete = discrete
+        self.temperature = temperature
         # Dataset keys like "observation.images.front" name the camera in their last part.
         self.cameras = tuple(key.rsplit(".", 1)[-1] for key in processor.embodiments[embodiment].cameras)
         self.reset()
@@ -105,6 +108,7 @@ class HubPolicy:
         trust_remote_code: bool = False,
         dtype: str = "float32",
         discrete: bool = False,
+        temperature: float = 1.0,
     ) -> "HubPolicy":
         """Loads `path` (a folder or a Hub repository) by the Auto classes.
 
@@ -114,7 +118,7 @@ class HubPolicy:
 
         model = AutoModel.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return cls(model.to(device), processor, embodiment, num_inference_steps, seed, discrete)
+        return cls(model.to(device), processor, embodiment, num_inference_steps, seed, discrete, temperature)
 
     def reset(self, seed: int = 0) -> None:
         """Starts the episode `seed`."""
@@ -138,10 +142,12 @@ class HubPolicy:
             tokens = self.model.generate_action_tokens(**prompt)
             actions = self.processor.decode_action_tokens(tokens, observation["state"], self.embodiment)
             return np.asarray(actions[0], dtype=np.float32)
-        noise = torch.randn(inputs["action_mask"].shape, generator=self._generator()).to(self.model.device)
+        noise = self.temperature * torch.randn(inputs["action_mask"].shape, generator=self._generator())
         self._calls += 1
         with torch.no_grad():
-            chunk = self.model.sample_actions(**inputs, noise=noise, num_inference_steps=self.num_inference_steps)
+            chunk = self.model.sample_actions(
+                **inputs, noise=noise.to(self.model.device), num_inference_steps=self.num_inference_steps
+            )
         actions = self.processor.decode_actions(chunk, state=observation["state"], embodiment=self.embodiment)
         actions = np.asarray(actions, dtype=np.float32)
         return actions[0] if actions.ndim == 3 else actions
@@ -257,7 +263,8 @@ def build_policy(spec: Mapping, env: Environment, trust_remote_code: bool = Fals
         spec: one of
             `{"kind": "expert"}` (Meta-World only),
             `{"kind": "random", "seed"?}`,
-            `{"kind": "hub", "path", "embodiment", "device"?, "num_inference_steps"?, "seed"?, "dtype"?, "discrete"?}`,
+            `{"kind": "hub", "path", "embodiment", "device"?, "num_inference_steps"?, "seed"?, "dtype"?, "discrete"?,
+                "temperature"?}`,
             `{"kind": "remote", "address": "host:port"}` (a policy server of `remote.py`), and optional
             controls in any of them: `"blank_images": true`, `"instruction": str or {true: told}`.
         env: the simulator of the episode (the expert looks into it).

@@ -2,7 +2,8 @@
 
 Run by path, never imported: this file decides what the process may import before anything else happens.
 
-    spec["job"]                "record" (demonstrations and scenes) or "evaluate" (closed loop)
+    spec["job"]                "record" (demonstrations and scenes), "evaluate" (closed loop) or "rollout" (the
+                               simulators of a policy in another process)
     spec["trust_remote_code"]  true: `import wallvla` fails here, policies come from their Hub folder alone, as they do
                                for a user; false (default): the installed classes are registered with transformers
 """
@@ -36,8 +37,10 @@ def make_worker(spec: dict):
     bind_package("wallvla_evaluation", FOLDER)
     if spec["job"] == "record":
         return importlib.import_module("wallvla_evaluation.demonstrations").Recorder(**spec["recorder"])
+    if spec["job"] == "rollout":
+        return importlib.import_module("wallvla_evaluation.rollouts").RolloutWorker(spec)
     if spec["job"] != "evaluate":
-        raise ValueError(f"spec['job'] must be 'record' or 'evaluate', got {spec['job']!r}.")
+        raise ValueError(f"spec['job'] must be 'record', 'evaluate' or 'rollout', got {spec['job']!r}.")
     if spec.get("trust_remote_code", False):
         sys.modules["wallvla"] = None
     elif any(policy["kind"] == "hub" for policy in spec["policies"].values()):

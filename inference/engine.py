@@ -1,11 +1,13 @@
 """Buckets and CUDA graphs around `PolicyForward`: frames and an instruction in, actions out.
 
 On a GPU the whole call is one CUDA graph per bucket (section 2.3 of Wall-OSS-0.5 captures one denoising step);
-elsewhere, and with `use_graphs=False`, the same function just runs.
+elsewhere, and with `use_graphs=False`, the same function just runs. A model that `PolicyForward` was not written for
+samples by itself, behind the same interface.
 
 Shapes: B samples, L places for prefix tokens, H action steps, D action channels.
 """
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,12 +24,13 @@ from torch import Tensor
 from ..flow_matching_wallvla import identity_guidance, prefix_guidance
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from ..ops_wallvla import Ops, fast_ops
-from .forward import PolicyForward
+from .forward import PolicyForward, obstacles
 from .plans import plan_vision, rope_positions
 from .preprocessing import FrameResizer
 
 
 GUIDANCES = (identity_guidance, prefix_guidance)  # those without a backward pass
+logger = logging.getLogger(__name__)
 CAPTURE = threading.Lock()  # one capture at a time in a process, whichever engine it is for
 
 
@@ -90,7 +93,9 @@ class Bucket:
 class WallVLAEngine:
     """Samples action chunks of one model as fast as its device allows. Safe to call from several threads.
 
-    The engine reads the weights as they are when it is made: make a new one after changing or moving them.
+    The engine reads the weights as they are when it is made: make a new one after changing or moving them. For a model
+    with `obstacles` to `PolicyForward` it has none of that: `forward` is None, there are no buckets, and each call is
+    one of `model.sample_actions`; a line in the log says so and why.
 
     Args:
         model: on one device; its parameters become views of stacked tensors and keep their names and numbers.
@@ -105,7 +110,7 @@ class WallVLAEngine:
             one in use stays.
 
     Raises:
-        ValueError: a model that the engine would not compute exactly, or options that do not fit it.
+        ValueError: adapters that are not merged, or options that do not fit the model.
     """
 
     def __init__(
@@ -120,16 +125,22 @@ class WallVLAEngine:
         max_buckets: int = 16,
         max_bytes: int = 4 << 30,
     ):
-        _check_model(model, processor, fp8)
-        self.device, self.config, self.processor = model.device, model.config, processor
-        self.use_graphs = self.device.type == "cuda" if use_graphs is None else use_graphs
+        found = _obstacles(model, processor, fp8 or bool(use_graphs))
+        self.model, self.device, self.config, self.processor = model, model.device, model.config, processor
+        self.use_graphs = self.device.type == "cuda" and not found if use_graphs is None else use_graphs
         if self.use_graphs and self.device.type != "cuda":
             raise ValueError(f"Found use_graphs with a model on {self.device}. CUDA graphs need a GPU.")
+        dtype = model.get_input_embeddings().weight.dtype
+        if fp8 and dtype != torch.bfloat16:
+            raise ValueError(f"Found a model in {dtype}. FP8 products give bfloat16: load it in that.")
         if length_step < 8 or length_step % 8:
             raise ValueError(f"Found length_step {length_step}. It is a multiple of 8: attention masks need that.")
         self.length_step, self.max_buckets, self.max_bytes = length_step, max_buckets, max_bytes
-        table, steps = torch.from_numpy(processor.pixel_table), num_inference_steps or model.config.num_inference_steps
-        self.forward = PolicyForward(model, table, steps, fast_ops(self.device) if ops is None else ops, fp8)
+        self.num_inference_steps = num_inference_steps or model.config.num_inference_steps
+        self.forward = None
+        if not found:
+            table, ops = torch.from_numpy(processor.pixel_table), fast_ops(self.device) if ops is None else ops
+            self.forward = PolicyForward(model, table, self.num_inference_steps, ops, fp8)
         self.buckets: OrderedDict[BucketKey, Bucket] = OrderedDict()
         self._lock = threading.Lock()
         self._pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
@@ -159,7 +170,7 @@ class WallVLAEngine:
 
         Args:
             samples: action samples as in `processor.encode`, without `actions`; frames of any size.
-            noise: start of the flow, (B, H, D) float32; drawn when absent.
+            noise: start of the flow, (B, H, D) float32, on any device; drawn when absent.
             generator: source of the noise, on the model's device.
             guidance: one of `GUIDANCES` with its arguments bound by `functools.partial`.
 
@@ -169,7 +180,18 @@ class WallVLAEngine:
         Raises:
             ValueError: samples that do not fit, or a guidance with a backward pass.
         """
+        self._check(samples, guidance)
         with self._lock, torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            # Without an image there is nothing to plan
+            if self.forward is None or not any(sample.get("images") for sample in samples):
+                noise, batch = None if noise is None else noise.to(self.device), self.processor.encode(samples)
+                return self.model.sample_actions(
+                    **batch.to(self.device),
+                    noise=noise,
+                    num_inference_steps=self.num_inference_steps,
+                    generator=generator,
+                    guidance=guidance,
+                )
             bucket = self.bucket(*self.inputs(samples, noise, generator, guidance))
             if bucket.graph is None:
                 return bucket.run()
@@ -178,6 +200,19 @@ class WallVLAEngine:
             # Whoever gets the lock next may be on another stream
             torch.cuda.current_stream(self.device).synchronize()
             return result
+
+    def _check(self, samples: list[dict], guidance: partial | None) -> None:
+        for index, sample in enumerate(samples):
+            if "instruction" not in sample or sample.get("actions") is not None:
+                raise ValueError(
+                    f"Found {', '.join(sample)} in sample {index}. The engine takes observations: samples with "
+                    f"`instruction` and without `actions`."
+                )
+        if guidance is not None and guidance.func not in GUIDANCES:
+            raise ValueError(
+                f"Found guidance {guidance.func.__name__}. The engine has those without a backward pass, "
+                f"{', '.join(each.__name__ for each in GUIDANCES)}; `model.sample_actions` has the others."
+            )
 
     def bucket(self, key: BucketKey, inputs: dict[str, Tensor]) -> Bucket:
         """The bucket of a key with these inputs in it: the one there is, or a new one."""
@@ -205,12 +240,6 @@ class WallVLAEngine:
         guidance: partial | None = None,
     ) -> tuple[BucketKey, dict[str, Tensor]]:
         """The key of a call and its inputs, on the host; arguments as in `sample_actions`."""
-        for index, sample in enumerate(samples):
-            if "instruction" not in sample or sample.get("actions") is not None:
-                raise ValueError(
-                    f"Found {', '.join(sample)} in sample {index}. The engine takes observations: samples with "
-                    f"`instruction` and without `actions`."
-                )
         batch = self.processor.encode(samples, return_tensors="np", patches=False)
         images = [self.processor.ordered_images(sample, index) for index, sample in enumerate(samples)]
         frames = [torch.from_numpy(np.array(self.processor.as_array(image))) for image in chain.from_iterable(images)]
@@ -225,11 +254,6 @@ class WallVLAEngine:
         inputs = {name: torch.from_numpy(array) for name, array in arrays.items()} | {"noise": noise.float()}
         inputs |= {f"frame_{index}": frame for index, frame in enumerate(frames)}
         function, bound = (None, {}) if guidance is None else (guidance.func, dict(guidance.keywords))
-        if function is not None and function not in GUIDANCES:
-            raise ValueError(
-                f"Found guidance {function.__name__}. The engine has those without a backward pass, "
-                f"{', '.join(each.__name__ for each in GUIDANCES)}; `model.sample_actions` has the others."
-            )
         limit = float(bound.pop("limit", 0.0))
         sizes = tuple(tuple(frame.shape[:2]) for frame in frames)
         return BucketKey(len(samples), sizes, length, text, function, limit), inputs | bound
@@ -262,22 +286,26 @@ class WallVLAEngine:
         )
 
 
-def _check_model(model: WallVLAForConditionalGeneration, processor, fp8: bool) -> None:
-    text, vision = model.config.vlm_config.text_config, model.config.vlm_config.vision_config
+def _obstacles(model: WallVLAForConditionalGeneration, processor, must_be_fused: bool) -> list[str]:
+    """What keeps a model from the fused passes, said in the log; an error where an option cannot do without them."""
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) != 1:
         raise ValueError(f"Found parameters on {', '.join(sorted(devices))}. The engine needs one device.")
-    activations = {text.hidden_act, vision.hidden_act, model.config.action_expert.hidden_act}
-    rope = text.rope_parameters["rope_type"]
-    if activations != {"silu"} or rope != "default":
+    found, resample = obstacles(model), processor.image_processor.resample
+    if not found and resample != Image.Resampling.BICUBIC:
+        found = [f"resampling {resample} (not bicubic)"]
+    if found and must_be_fused:
         raise ValueError(
-            f"Found activations {activations} and {rope} rope. The engine computes silu and default rope."
+            f"Found {', '.join(found)}: the fused passes, which FP8 products and CUDA graphs need, do not compute it. "
+            f"Leave fp8 and use_graphs out."
         )
-    if processor.image_processor.resample != Image.Resampling.BICUBIC:
-        raise ValueError(f"Found resampling {processor.image_processor.resample}. The engine resizes bicubically.")
-    dtype = model.vlm.model.language_model.embed_tokens.weight.dtype
-    if fp8 and dtype != torch.bfloat16:
-        raise ValueError(f"Found a model in {dtype}. FP8 products give bfloat16: load it in that.")
+    if found:
+        logger.warning(
+            "The engine calls model.sample_actions, without CUDA graphs, fused operations and reuse of the prompt's "
+            "beginning: its own passes do not compute %s.",
+            ", ".join(found),
+        )
+    return found
 
 
 def capture(function: Callable[[], Tensor], device: torch.device, pool=None) -> tuple[torch.cuda.CUDAGraph, Tensor]:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
+from transformers import Qwen2_5_VLForConditionalGeneration
 
+from ..action_experts_wallvla import MoTActionExpert
 from ..flow_matching_wallvla import euler_step, time_grid, velocity_from_action
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from ..ops_wallvla import Ops, action_attention_mask, sinusoidal_embedding
@@ -28,11 +30,32 @@ from .weights import Block, Fp8Linear, Linear, decoder_block, linear, quantize_r
 causal_mask = lru_cache(maxsize=256)(causal_lower_right)
 
 
+def obstacles(model: WallVLAForConditionalGeneration) -> list[str]:
+    """What a model has that `PolicyForward` was not written for; nothing where it computes what the model computes."""
+    config, vlm = model.config, model.config.vlm_config
+    parts = ((model.vlm, Qwen2_5_VLForConditionalGeneration), (model.action_expert, MoTActionExpert))
+    found = [f"{type(part).__name__} (not {known.__name__})" for part, known in parts if type(part) is not known]
+    if found:  # what follows are fields of these
+        return found
+    activations = {vlm.text_config.hidden_act, vlm.vision_config.hidden_act, config.action_expert.hidden_act}
+    found = [f"activation {name} (not silu)" for name in sorted(activations - {"silu"})]
+    rope = vlm.text_config.rope_parameters["rope_type"]
+    if rope != "default":
+        found.append(f"{rope} rope (not default)")
+    if config.sampler != "euler":
+        found.append(f"sampler {config.sampler} (not euler)")
+    if config.binary_channels:
+        found.append("channels that hold a decision")
+    if model.action_expert.state_in_proj is not None:
+        found.append("a token of the state in the action expert")
+    return found
+
+
 class PolicyForward:
     """The weights of a model and the four passes over them: images, text, prefix, denoising.
 
     Args:
-        model: see `WallVLAEngine`, and so are `ops` and `fp8`.
+        model: one without `obstacles`. `ops`, `fp8`: see `WallVLAEngine`.
         pixel_table: of the processor, (3, 256) float32.
         steps: T.
 

@@ -203,10 +203,11 @@ class ServedPolicy:
             return RequestError(str(error), "safety_stop")
         return np.asarray(actions, dtype=np.float32)
 
-    def warm_up(self, batch_sizes: tuple[int, ...] = (1,)) -> None:
-        """Runs the model once for each batch size, on gray images, so that the first robot need not wait for it."""
+    def warm_up(self, batch_sizes: tuple[int, ...] = (1,), image_size: tuple[int, int] = (224, 224)) -> None:
+        """Runs the model once for each batch size, on gray images (width, height), so that the first robot need not
+        wait for it."""
         state = np.ones(self.robot.state_width, dtype=np.float32)  # a valid rotation in every format, unlike zeros
-        image = np.full((224, 224, 3), 127, dtype=np.uint8)
+        image = np.full((*reversed(image_size), 3), 127, dtype=np.uint8)
         observation = {
             "images": dict.fromkeys(self.robot.cameras, image),
             "state": state,

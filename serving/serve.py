@@ -37,6 +37,8 @@ def serve_checkpoints(options: Namespace, make_writer: Callable) -> None:
         private_key=options.private_key,
         max_connections=options.max_connections,
         max_batch=options.max_batch,
+        warm_up_batches=None if options.warm_up_batches is None else tuple(options.warm_up_batches),
+        warm_up_image=tuple(options.warm_up_image),
         batch_window_s=options.batch_window_ms / 1000,
     )
     limits = None if options.safety is None else SafetyLimits.from_file(options.safety)

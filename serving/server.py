@@ -62,6 +62,9 @@ class ServerOptions:
     max_connections: clients at a time.
     max_frame_bytes: size of one message.
     max_batch, batch_window_s, max_queue, max_wait_s: see `Batcher`.
+    warm_up_batches: sizes of the calls before the first request. By default 1 and `max_batch`, which shows whether the
+        largest fits into memory; the engine builds a bucket for each size, so name those that will come.
+    warm_up_image: (width, height) of their frames: the robot's, if the first call should find its bucket.
     max_requests_per_second: of one client.
     send_timeout_s: a client that does not read for so long is dropped.
     ping_s: a client that does not answer a ping for so long is dropped.
@@ -79,6 +82,8 @@ class ServerOptions:
     batch_window_s: float = 0.005
     max_queue: int = 64
     max_wait_s: float = 2.0
+    warm_up_batches: tuple[int, ...] | None = None
+    warm_up_image: tuple[int, int] = (224, 224)
     max_requests_per_second: float = 200.0
     send_timeout_s: float = 10.0
     ping_s: float = 20.0
@@ -99,6 +104,11 @@ class ServerOptions:
         for name in ("max_connections", "max_batch", "max_queue", "max_frame_bytes"):
             if vars(self)[name] < 1:
                 raise ValueError(f"Found {name} {vars(self)[name]}; it is at least 1.")
+        if min(*(self.warm_up_batches or (1,)), *self.warm_up_image) < 1:
+            raise ValueError(
+                f"Found warm_up_batches {self.warm_up_batches} and warm_up_image {self.warm_up_image}; they are at "
+                f"least 1."
+            )
         for name in ("max_requests_per_second", "send_timeout_s", "ping_s", "max_wait_s"):
             if not vars(self)[name] > 0:
                 raise ValueError(f"Found {name} {vars(self)[name]}; it must be above 0.")
@@ -273,7 +283,8 @@ class PolicyServer:
             for name, policy in self.policies.items():
                 executors[name] = ThreadPoolExecutor(1, thread_name_prefix=f"wallvla-{name}")
                 stack.callback(executors[name].shutdown, wait=False, cancel_futures=True)
-                await loop.run_in_executor(executors[name], policy.warm_up, (1, options.max_batch))
+                sizes = (1, options.max_batch) if options.warm_up_batches is None else options.warm_up_batches
+                await loop.run_in_executor(executors[name], policy.warm_up, sizes, options.warm_up_image)
                 self._batchers[name] = self._make_batcher(name, policy, executors[name])
                 task = loop.create_task(self._batchers[name].run())
                 stack.callback(task.cancel)

@@ -84,15 +84,17 @@ def mixture(kind: str, length: int = 4096):
     return Separate()
 
 
-def trainer(folder: Path, data: str = "mixed", fsdp: str | None = None, seed: int = 0, **options):
-    """A trainer of the quickstart's model on the CPU; `fsdp` is how FSDP2 saves."""
+def trainer(
+    folder: Path, data: str = "mixed", fsdp: str | None = None, seed: int = 0, kind: str | None = None, **options
+):
+    """A trainer on the CPU of the quickstart's model, or of a tiny one of another kind; `fsdp` is how FSDP2 saves."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import DistributedType
     from test_trainer import STATISTICS
 
     from wallvla.data.collator import Collator
-    from wallvla.quickstart import QuickstartConfig, build_model, build_processor, embodiment
+    from wallvla.quickstart import EMBODIMENT, QuickstartConfig, build_model, build_processor, embodiment
     from wallvla.trainers.co_training_config import CoTrainingConfig
     from wallvla.trainers.co_training_trainer import CoTrainingTrainer
 
@@ -114,10 +116,19 @@ def trainer(folder: Path, data: str = "mixed", fsdp: str | None = None, seed: in
         # accelerate offers FSDP2 on accelerators only; torch has it on the CPU as well
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     config = QuickstartConfig(image_size=32)
-    processor = build_processor(config, embodiment(config, STATISTICS))
-    torch.manual_seed(0)
+    robot = embodiment(config, STATISTICS)
+    if kind is None:
+        processor = build_processor(config, robot)
+        torch.manual_seed(0)
+        model = build_model(processor)
+    else:
+        from tiny import tiny_parts_of
+
+        # Ranks would draw their dropout apart
+        expert = {"dropout": 0.0} if kind == "soft_prompt" else {}
+        model, processor = tiny_parts_of(kind, "qwen2_5_vl", {EMBODIMENT: robot}, action_expert=expert)
     return CoTrainingTrainer(
-        model=build_model(processor),
+        model=model,
         args=args,
         data_collator=Collator(processor),
         train_dataset=mixture(data),

@@ -107,6 +107,15 @@ def test_every_parameter_learns(kind, vlm):
 
 
 @each_pair
+def test_layers_that_shard_are_layers_of_the_model(kind, vlm):
+    """FSDP wraps by these names, and refuses one that it does not find."""
+    model = tiny_model_of(kind, vlm)
+    decoder = model.vlm.get_encoder() if vlm == "florence2" else model.vlm.model.language_model
+    names = {type(layer).__name__ for layer in (*decoder.layers, *model.action_expert.layers)}
+    assert names <= set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
+
+
+@each_pair
 def test_padding_and_masked_elements_change_nothing(kind, vlm):
     model, batch = tiny_model_of(kind, vlm), training_batch(vlm)
     with torch.no_grad():

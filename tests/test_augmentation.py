@@ -103,6 +103,8 @@ def test_at_least_one_camera_stays():
             left.update(kept)
         expected = 900 * (1 / 3 if probability == 1 else 0.5 + 0.125 / 3)
         assert all(abs(left[camera] - expected) < 60 for camera in CAMERAS)
+    blind = sample() | {"images": {}}
+    assert drop_cameras(1.0)(blind, np.random.default_rng(0)) == blind
     always = drop_cameras(1.0, always_keep=["wrist"])(sample(), np.random.default_rng(0))
     assert always["dropped_cameras"] == ["front", "side"]
 

@@ -370,6 +370,42 @@ def test_discarded_episodes_leave_no_trace(tmp_path, episodes):
     assert found == dataset.actions[:, 0].tolist() == [0, 1, 2, 3, 200, 201, 202, 203]
 
 
+def test_frames_at_once_are_frames_one_by_one(tmp_path):
+    features = {"action": {"dtype": "float32", "shape": (3,)}, "count": {"dtype": "uint8", "shape": (1,)}}
+    rng = np.random.default_rng(0)
+    columns = {"action": rng.normal(size=(9, 3)), "count": rng.integers(0, 256, size=(9, 1))}
+    rows = [{name: values[step] for name, values in columns.items()} for step in range(9)]
+    with LeRobotWriter(tmp_path / "one", fps=10, features=features) as one:
+        with LeRobotWriter(tmp_path / "all", fps=10, features=features) as together:
+            for row in rows:
+                one.add_frame(row)
+            together.add_frames({name: values[:4] for name, values in columns.items()})
+            together.add_frame(rows[4])
+            together.add_frames({name: values[5:] for name, values in columns.items()})
+            for change, message in (
+                ({"action": columns["action"][:3]}, r"lengths {'action': \(3,\), 'count': \(9,\)}"),
+                ({"more": columns["count"]}, "for the features action, count"),
+                ({"action": columns["action"][:, :2]}, r"action has shape \(9, 2\); it must be \(frames, 3\)"),
+                (
+                    {"action": np.where(np.eye(9, 3, -4), np.nan, 1.0)},
+                    r"action, frame 13: got \[nan, 1.0, 1.0\]; all values",
+                ),
+                ({"count": np.full((9, 1), 0.5)}, "does not fit the feature's uint8"),
+            ):
+                with pytest.raises(ValueError, match=message):
+                    together.add_frames(columns | change)
+            one.save_episode("wave")
+            together.save_episode("wave")
+    paths = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    assert len(paths) == 5
+    assert all((tmp_path / "one" / path).read_bytes() == (tmp_path / "all" / path).read_bytes() for path in paths)
+    with small_writer(tmp_path / "strings") as writer:
+        with pytest.raises(ValueError, match="no cameras or strings: use add_frame"):
+            writer.add_frames({name: np.zeros((2, 1)) for name in SMALL_FEATURES})
+        writer.add_frame(GOOD_FRAME)
+        writer.save_episode("wave")
+
+
 SMALL_FEATURES = {
     "observation.state": {"dtype": "float32", "shape": (2,)},
     "action": {"dtype": "float32", "shape": (2,)},

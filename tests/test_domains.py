@@ -147,7 +147,8 @@ def test_resuming_in_either_phase_equals_not_stopping(processor, tmp_path, stop)
 
 def test_two_steps_that_cannot_be(processor, tmp_path):
     with pytest.raises(ValueError, match="adaptation_steps is 1, but no parameters of domains"):
-        make_trainer(processor, tmp_path, adaptation_steps=1)
+        model = build_model(processor, proprioception="expert", state_dim=4)
+        make_trainer(processor, tmp_path, model=model, adaptation_steps=1)
     with pytest.raises(ValueError, match="freeze neither domains nor prompts"):
         adapting_trainer(processor, tmp_path, freeze=["domains", "prompts"])
     with pytest.raises(ValueError, match="makes a ReduceLROnPlateau: use linear"):

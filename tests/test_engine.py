@@ -2,12 +2,15 @@
 
 import gc
 import threading
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_action_experts import each_pair
+from tiny import TINY_ROBOT, tiny_parts_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wallvla import quickstart
@@ -16,6 +19,7 @@ from wallvla.configuration_wallvla import WallVLAConfig
 from wallvla.flow_matching_wallvla import identity_guidance, prefix_guidance, vjp_guidance
 from wallvla.inference import WallVLAEngine
 from wallvla.inference.engine import Bucket
+from wallvla.inference.forward import obstacles
 from wallvla.inference.plans import plan_vision, rope_positions, window_order
 from wallvla.inference.preprocessing import FrameResizer, cut_patches
 from wallvla.inference.weights import Fp8Linear, Linear, quantize_rows
@@ -182,6 +186,87 @@ def test_bfloat16_is_as_close_to_float32_as_the_model():
     theirs = (expected(model, processor, samples, noise()) - exact).norm()
     ours = (WallVLAEngine(model, processor, ops=TORCH_OPS).sample_actions(samples, noise()) - exact).norm()
     assert 0 < ours < 2 * theirs
+
+
+# --- models that the fused passes were not written for
+
+
+@each_pair
+def test_every_kind_on_every_vlm(kind, vlm, caplog):
+    """The same interface, the same numbers; and what is lost, said once."""
+    robots = {"robot": TINY_ROBOT, "second": TINY_ROBOT | {"domain": 1, "action_horizon": 5}}
+    model, processor = tiny_parts_of(kind, vlm, robots)
+    engine = WallVLAEngine(model, processor, num_inference_steps=3, ops=TORCH_OPS)
+    (record,) = [each for each in caplog.records if each.name.endswith("inference.engine")]
+    assert record.levelname == "WARNING" and "without CUDA graphs" in record.message
+    assert engine.forward is None and not engine.use_graphs
+    samples = [
+        {**observation(number, size=(40, 32)), "embodiment": name} for number, name in enumerate(["robot", "second"])
+    ]
+    guidance = partial(prefix_guidance, target=noise(2, 1), weights=(torch.arange(8) < 3).float().expand(2, 8))
+    for guide in (None, guidance):
+        found = engine.sample_actions(samples, noise(2), guidance=guide)
+        batch = processor.encode(samples)
+        wanted = model.sample_actions(**batch, noise=noise(2), guidance=guide, num_inference_steps=3)
+        assert torch.equal(found, wanted) and found.abs().max() > 0.01
+    drawn = model.sample_actions(**batch, generator=torch.Generator().manual_seed(3), num_inference_steps=3)
+    assert torch.equal(engine.sample_actions(samples, generator=torch.Generator().manual_seed(3)), drawn)
+    actions = engine.act(**samples[1], noise=noise(2)[1:])
+    alone = model.sample_actions(**processor.encode(samples[1:]), noise=noise(2)[1:], num_inference_steps=3)
+    np.testing.assert_array_equal(actions, processor.decode_actions(alone[0], samples[1]["state"], "second"))
+    assert actions.shape == (5, 4) and engine.nbytes == 0 and not engine.buckets
+    with pytest.raises(ValueError, match="without `actions`"):
+        engine.sample_actions([samples[0] | {"actions": np.zeros((8, 4))}])
+    with pytest.raises(ValueError, match="CUDA graphs need, do not compute"):
+        WallVLAEngine(model, processor, use_graphs=True)
+
+
+def test_plain_calls_of_threads_are_those_of_one():
+    model, processor = tiny_parts_of("dit", "qwen2_5_vl")
+    engine = WallVLAEngine(model, processor)
+    samples = [observation(number, size=(32, 32)) | {"embodiment": "robot"} for number in range(4)]
+    wanted = [engine.sample_actions([sample], noise()) for sample in samples]
+    found = {}
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: engine.sample_actions([samples[i]], noise())}))
+        for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[i], wanted[i]) for i in range(4))
+
+
+def test_a_call_without_images():
+    model, processor = tiny_parts_of("mot", "qwen2_5_vl", proprioception="none")
+    processor.prompt_format = replace(processor.prompt_format, fewest_views=0)
+    engine = WallVLAEngine(model, processor, ops=TORCH_OPS)
+    blind = {"images": None, "dropped_cameras": list(TINY_ROBOT["cameras"]), "instruction": "press the button"}
+    found = engine.sample_actions([blind], noise())
+    assert torch.equal(found, expected(model, processor, [blind], noise())) and not engine.buckets
+    seeing = observation(size=(32, 32)) | {"embodiment": "robot"}
+    found = engine.sample_actions([seeing], noise())
+    assert largest(found - expected(model, processor, [seeing], noise())) < TOLERANCE and len(engine.buckets) == 1
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"sampler": "renoise"}, "sampler renoise (not euler)"),
+        ({"prediction": "action", "binary_channels": [2]}, "channels that hold a decision"),
+        ({"proprioception": "expert"}, "a token of the state in the action expert"),
+        ({"action_expert": {"hidden_size": 32, "intermediate_size": 64, "hidden_act": "gelu"}}, "activation gelu"),
+    ],
+    ids=["sampler", "decision", "state", "activation"],
+)
+def test_what_the_fused_passes_do_not_compute(change, reason):
+    """Each is seen, and the answer is the model's."""
+    assert obstacles(tiny_parts_of("mot", "qwen2_5_vl", proprioception="none")[0]) == []
+    model, processor = tiny_parts_of("mot", "qwen2_5_vl", **{"proprioception": "none"} | change)
+    assert len(obstacles(model)) == 1 and reason in obstacles(model)[0]
+    engine, sample = WallVLAEngine(model, processor), observation(size=(32, 32)) | {"embodiment": "robot"}
+    assert torch.equal(engine.sample_actions([sample], noise()), expected(model, processor, [sample], noise()))
 
 
 # --- buckets

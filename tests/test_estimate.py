@@ -6,6 +6,8 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from test_action_experts import each_pair
+from tiny import tiny_config_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
 
@@ -15,15 +17,18 @@ from wallvla.trainers.co_training_config import CoTrainingConfig
 from wallvla.trainers.estimate import GIB, EstimateArguments, Workload, estimate_training, one_sample
 from wallvla.trainers.fine_tuning import FineTuningArguments, adapt, estimate_run
 from wallvla.trainers.muon import MuonWithAdamW
+from wallvla.trainers.parameter_groups import freeze
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SMALL = {"images": 2, "image_size": 32, "text_tokens": 20, "labels": 5}
 
 
-def counted_run(config, workload: Workload, bf16: bool) -> tuple[int, int]:
+def counted_run(config, workload: Workload, bf16: bool, frozen: tuple = ()) -> tuple[int, int]:
     """Bytes that autograd keeps in a forward pass of the whole model, and operations of forward and backward."""
     model = WallVLAForConditionalGeneration(config).train()
+    if frozen:
+        freeze(model, frozen)
     seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
     weights = {p.shape for p in model.parameters() if p.ndim == 2} | {p.shape[::-1] for p in model.parameters()}
     kept, total = [], 0
@@ -62,6 +67,52 @@ def test_activations_and_operations_of_a_tiny_run(bf16):
     saved, flops = counted_run(config(), workload, bf16)
     assert estimate.activations == pytest.approx(saved, rel=0.1)
     assert estimate.flops == pytest.approx(flops, rel=0.1)
+
+
+@each_pair
+def test_activations_and_operations_of_every_kind(kind, vlm):
+    """Dropout, prompts, resamplers, linear attention, towers in stages: counted, not computed."""
+    config, workload = tiny_config_of(kind, vlm), Workload(batch_size=2, **SMALL)
+    estimate = estimate_training(config, workload, bf16=False, gradient_checkpointing=False)
+    saved, flops = counted_run(config, workload, False)
+    assert estimate.activations == pytest.approx(saved, rel=0.1)
+    # The backward pass of linear attention as torch code repeats more than its two products
+    assert estimate.flops == pytest.approx(flops, rel=0.2 if vlm == "qwen3_5" else 0.1)
+
+
+@each_pair
+def test_bytes_of_every_kind(kind, vlm):
+    config = tiny_config_of(kind, vlm)
+    model = WallVLAForConditionalGeneration(config)
+    optimizer = MuonWithAdamW(model.named_parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    estimate = estimate_training(config, Workload(**SMALL), optimizer="muon", bf16=False)
+    assert estimate.parameters == estimate.gradients == sum(p.nbytes for p in model.parameters())
+    states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert estimate.optimizer_state == sum(value.nbytes for value in states)
+
+
+@pytest.mark.parametrize("parts", [["vision"], ["vision", "vlm"], ["action_expert"]])
+def test_frozen_parts_cost_no_gradient(parts):
+    """Weights stay, their gradients and states go, and so do activations before everything that is trained."""
+    model = WallVLAForConditionalGeneration(config())
+    freeze(model, parts)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    options = FineTuningArguments(model="none", dataset="none")
+    args = CoTrainingConfig(output_dir="none", use_cpu=True, bf16=False, freeze=parts)
+    estimate = estimate_run(config(), options, args, EstimateArguments(estimate_image_size=SMALL["image_size"]))
+    assert estimate.parameters == sum(p.nbytes for p in model.parameters())
+    assert estimate.gradients == trained and estimate.optimizer_state == 2 * trained
+    workload = Workload(**SMALL)
+    saved, flops = counted_run(config(), workload, False, parts)
+    with torch.device("meta"):
+        frozen = WallVLAForConditionalGeneration(config())
+    freeze(frozen, parts)
+    found = estimate_training(config(), workload, bf16=False, gradient_checkpointing=False, model=frozen)
+    assert found.activations == pytest.approx(saved, rel=0.1)
+    assert found.flops == pytest.approx(flops, rel=0.1)
 
 
 def test_parameters_gradients_and_state_are_exact():

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_action_experts import each_pair
 from test_strategies import processor, token_batch  # noqa: F401
 from test_trainer import history, make_trainer
-from tiny import tiny_model
+from tiny import tiny_actions, tiny_batch_of, tiny_model, tiny_model_of
 
 from wallvla.flow_matching_wallvla import interpolate, velocity_from_action
 from wallvla.trainers.instrument import MicroBatch
@@ -52,7 +53,8 @@ def test_the_breakdown_is_the_loss_cut_into_pieces(space):
 def test_throughput_counts_samples_and_flops(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    throughput = Throughput(vlm_parameters=100, expert_parameters=10, peak_flops=1e6)
+    model = tiny_model()
+    throughput = Throughput(model, peak_flops=1e6)
     throughput.on_train_begin(None, None, None)
     batch = token_batch(0, 3)
     for wait, work in ((1.0, 3.0), (2.0, 4.0)):
@@ -61,11 +63,30 @@ def test_throughput_counts_samples_and_flops(monkeypatch):
         throughput.on_micro_batch(0, MicroBatch(batch, None, {}))
         clock[0] += work
         throughput.on_step_end(None, None, None)
-    flops = 2 * 6 * (100 * batch["input_ids"].numel() + 10 * 3 * 8)
+    sizes = [
+        sum(p.numel() for p in e.layers.parameters()) for e in (model.vlm.model.language_model, model.action_expert)
+    ]
+    flops = 2 * 6 * (sizes[0] * batch["input_ids"].numel() + sizes[1] * 3 * 8)
     expected = {"samples_per_second": 0.6, "tflops": flops / 10 / 1e12, "data_wait": 0.3, "mfu": flops / 10 / 1e6}
     logs = throughput.take_logs()
     assert {name: logs[name] for name in expected} == pytest.approx(expected)
     assert throughput.take_logs() == {}
+
+
+@each_pair
+def test_tokens_that_go_through_the_layers(kind, vlm):
+    """What the throughput multiplies by, against what the first layers get."""
+    model, batch = tiny_model_of(kind, vlm), tiny_batch_of(vlm) | tiny_actions(2)
+    throughput, seen = Throughput(model), {}
+    decoder = model.vlm.get_encoder() if vlm == "florence2" else model.vlm.model.language_model
+    for name, expert in (("vlm", decoder), ("expert", model.action_expert)):
+        expert.layers[0].register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0].shape[1]}))
+    with torch.no_grad():
+        model(**batch)
+    throughput.on_micro_batch(0, MicroBatch(batch, None, {}))
+    sizes = {"vlm": decoder.layers, "expert": model.action_expert.layers}
+    expected = sum(seen[name] * sum(p.numel() for p in layers.parameters()) for name, layers in sizes.items())
+    assert throughput._flops == 6 * 2 * expected
 
 
 def test_a_run_logs_them(processor, tmp_path):  # noqa: F811

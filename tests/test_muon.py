@@ -7,11 +7,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from test_action_experts import each_pair
+from tiny import tiny_model_of
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.florence2.modeling_florence2 import Florence2VisionBlock
 
 from wallvla.trainers.muon import (
     COEFFICIENTS,
@@ -216,6 +220,21 @@ def test_every_logical_matrix_of_the_model_is_orthogonalised_apart():
     assert len(fused) == 2 and all(chosen[name].shape == (3 * 128, 128) for name in fused)
     only_language = [name for name, p in chosen.items() if is_muon_parameter(name, p, r"\.layers\.")]
     assert len(only_language) == 4 * 7 + 4 * 7
+
+
+@each_pair
+def test_matrices_of_every_kind(kind, vlm):
+    """All of the layers, whatever a VLM calls them, and each fused one as its parts."""
+    model = tiny_model_of(kind, vlm)
+    chosen = {name: p for name, p in model.named_parameters() if is_muon_parameter(name, p)}
+    layers = [m for m in model.modules() if isinstance(m, (GradientCheckpointingLayer, Florence2VisionBlock))]
+    assert {id(p) for p in chosen.values()} == {id(p) for m in layers for p in m.parameters() if p.ndim == 2}
+    stacked = {(name.split(".")[-2], count_parts(name)) for name in chosen if count_parts(name) > 1}
+    expected = {"mot": set(), "soft_prompt": {("qkv", 3)}, "dit": {("qkv", 3), ("modulation", 6)}}[kind]
+    assert expected <= stacked <= {("qkv", 3), ("modulation", 6)}
+    for name, p in chosen.items():
+        width = {"qkv": p.shape[0] // 3, "modulation": p.shape[1]}.get(name.split(".")[-2], p.shape[0])
+        assert p.shape[0] == count_parts(name) * width
 
 
 def test_a_fused_update_is_three_orthogonal_matrices():

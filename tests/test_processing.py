@@ -222,6 +222,22 @@ def test_text_without_images(processor):
     assert "pixel_values" not in batch and not batch["mm_token_type_ids"].any()
 
 
+def test_robot_without_cameras(make):
+    """Text-to-action: the prompt is that of the same robot with cameras, but for the images, and none is needed."""
+    seeing = make()
+    blind = Embodiment.from_dict(seeing.embodiments["native"].to_dict() | {"cameras": []})
+    processor = make(embodiments=seeing.embodiments | {"native": blind})
+    batch = processor.encode([native_sample(images={})])
+    with_images = row_text(seeing, seeing.encode([native_sample()]))
+    expected = re.sub(r"Observation:.*\n", "Observation:\n", with_images)
+    assert row_text(processor, batch) == expected != with_images
+    assert "pixel_values" not in batch and batch["action_mask"].any()
+    mixed = processor.encode([native_sample(images={}), text_sample(images=1)])
+    assert len(mixed["image_grid_thw"]) == 1
+    with pytest.raises(ValueError, match="images of type list in sample 0"):
+        processor.encode([native_sample(images=[picture()])])
+
+
 # Batches
 
 

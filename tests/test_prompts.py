@@ -348,6 +348,14 @@ def test_states_without_normalisation(chat):
     )
 
 
+def test_model_and_processor_agree_on_the_state(chat):
+    config = WallVLAConfig.tiny(vocab_size=512)
+    chat(WALL_OSS, "text").check_model(config)
+    chat(QWEN_VLA, "none").check_model(config)  # in the prompt or not: the model does not know
+    with pytest.raises(ValueError, match="proprioception 'expert' in the processor and 'text' in the model"):
+        chat(QWEN_CHAT, "expert").check_model(config)
+
+
 # Options that contradict each other
 
 

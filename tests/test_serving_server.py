@@ -428,7 +428,7 @@ def test_drain_answers_what_was_asked(parts):
 def test_not_ready_before_the_warm_up(parts):
     policy, gate = ServedPolicy(*parts), threading.Event()
     warm_up = policy.warm_up
-    policy.warm_up = lambda sizes: gate.wait(20) and warm_up(sizes)
+    policy.warm_up = lambda *options: gate.wait(20) and warm_up(*options)
     server = Running({"tiny": policy})
     server._thread.start()
     while server.server.port is None:
@@ -442,6 +442,19 @@ def test_not_ready_before_the_warm_up(parts):
         assert client.metadata["model"] == "tiny"
     assert server.fetch("/healthz") == (200, "OK\n")
     server.stop()
+
+
+@pytest.mark.parametrize(
+    "options, keys",
+    [
+        ({}, {(1, (224, 224)), (4, (224, 224))}),
+        ({"warm_up_batches": (1, 2), "warm_up_image": (64, 48)}, {(1, (48, 64)), (2, (48, 64))}),
+    ],
+)
+def test_the_warm_up_makes_the_buckets_that_are_asked_for(parts, options, keys):
+    policy = ServedPolicy(*parts, engine=WallVLAEngine(*parts, num_inference_steps=1, ops=TORCH_OPS))
+    with Running({"tiny": policy}, **options):
+        assert {(key.batch, key.frames[0]) for key in policy.engine.buckets} == keys
 
 
 # Security
@@ -481,6 +494,7 @@ def test_options_that_open_a_robot_to_everybody_are_refused():
         ({"token": "short"}, "at least 16"),
         ({"certificate": "a.pem"}, "needs both files"),
         ({"max_batch": 0}, "at least 1"),
+        ({"warm_up_batches": (1, 0)}, "at least 1"),
     ]:
         with pytest.raises(ValueError, match=reason):
             ServerOptions(**options)

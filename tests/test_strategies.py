@@ -192,3 +192,21 @@ def test_shares_of_objectives_that_a_batch_does_not_have():
     assert shares_and_cosines(torch.zeros(3, 3, dtype=torch.float64)) == {f"gradient_norm_{n}": 0 for n in OBJECTIVES}
     with pytest.raises(ValueError, match="no gradient_share"):
         plot_gradient_bridge({"run": [{"loss": math.pi, "step": 1}]}, "unused.png")
+
+
+def test_a_stage_chooses_defaults_and_an_option_wins(processor, tmp_path):
+    """Qwen-VLA, section 3.1: the decoder alone at logit-normal times, then everything at Beta times."""
+    t2a = CoTrainingConfig(output_dir=str(tmp_path), stage="t2a")
+    assert (t2a.freeze, t2a.time_sampler, t2a.max_steps) == (["vision", "vlm"], "logit_normal", 2000)
+    own = CoTrainingConfig(output_dir=str(tmp_path), stage="t2a", freeze=["vision"], max_steps=7, time_sampler="beta")
+    assert (own.freeze, own.time_sampler, own.max_steps) == (["vision"], "beta", 7)
+    assert CoTrainingConfig(output_dir=str(tmp_path)).time_sampler is None
+    trainer = make_trainer(processor, tmp_path / "t2a", stage="t2a", max_steps=1)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    trainer.save_model()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(name.startswith("action_expert.") for name in moved)
+    assert json.loads((tmp_path / "t2a" / "config.json").read_text())["time_sampler"] == "logit_normal"
+    sft = make_trainer(processor, tmp_path / "sft", stage="sft")
+    assert (sft.model.config.time_sampler, sft.model.config.text_loss_weight) == ("beta", 0.1)

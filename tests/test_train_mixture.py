@@ -96,6 +96,22 @@ def draws(monkeypatch) -> list[int]:
     return numbers
 
 
+def test_text_to_action(folder, tmp_path):
+    """Whole trajectories of a robot without cameras: no batch has an image, and the losses are finite."""
+    robot = json.loads((folder / "robot.json").read_text()) | {"cameras": []}
+    (folder / "blind.json").write_text(json.dumps(robot))
+    (folder / "t2a.yaml").write_text(
+        "multimodal_fraction: 0.0\nrobots: {blind: blind.json}\nactions:\n"
+        "  - {dataset: first, embodiment: blind, weight: 0.2, full_sequence: true}\n"
+        "  - {dataset: second, embodiment: blind, weight: 0.8, full_sequence: true, one_group: true}\n"
+    )
+    train(folder, tmp_path / "t2a", mixture=folder / "t2a.yaml", max_steps=3, per_device_train_batch_size=5,
+          logging_steps=1, save_steps=3)  # fmt: skip
+    history = json.loads((tmp_path / "t2a" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses) == 3 and np.isfinite(losses).all() and min(losses) > 0
+
+
 def test_a_run_resumes_exactly_with_another_batch_size(folder, tmp_path, draws):
     augmentations = {"color_jitter": 0.2, "random_crop": 0.9, "drop_cameras": 0.5, "perturb_state": 0.1}
     train(folder, tmp_path / "run", max_steps=3, per_device_train_batch_size=4, save_steps=3, **augmentations)

@@ -1,9 +1,16 @@
 """Tiny random models and batches that several test files share. CPU, milliseconds."""
 
+from dataclasses import replace
+
 import torch
+from transformers import BartTokenizer
 
 from wallvla.configuration_wallvla import WallVLAConfig
+from wallvla.images_wallvla import florence2_image_processor, internvl_image_processor
 from wallvla.modeling_wallvla import WallVLAForConditionalGeneration
+from wallvla.processing_wallvla import WallVLAProcessor
+from wallvla.prompts_wallvla import INTERN_VL, QWEN_CHAT, X_VLA
+from wallvla.quickstart import QuickstartConfig, build_processor, build_tokenizer, embodiment
 
 
 IMAGE_ID, ACTION_START, NUM_ACTION_TOKENS, VOCABULARY = 500, 400, 64, 512
@@ -217,6 +224,53 @@ def tiny_batch(
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
         batch["labels"][:, -action_tokens - 1 :] = batch["input_ids"][:, -action_tokens - 1 :]
     return batch
+
+
+TINY_ROBOT = {
+    "cameras": {"observation.images.front": "front view", "observation.images.wrist": "wrist view"},
+    "control_frequency": 10,
+    "action_horizon": 8,
+    "state_layout": [["native", 4]],
+    "action_layout": [["native", 4]],
+    "statistics": {name: {"q01": [-1.0] * 4, "q99": [1.0] * 4} for name in ("state", "action")},
+}
+
+
+def tiny_processor_of(vlm: str, robots: dict | None = None, proprioception: str = "expert") -> WallVLAProcessor:
+    """A processor whose batches fit the tiny model on that VLM, for robots with 4 channels of state and action."""
+    robots, side = {"robot": TINY_ROBOT} if robots is None else robots, 32
+    common = {"action_dim": 4, "action_horizon": 8, "state_dim": 4, "proprioception": proprioception}
+    config = QuickstartConfig(image_size=side)
+    if vlm == "florence2":
+        tokenizer = BartTokenizer().train_new_from_iterator(["press the button"], vocab_size=300, show_progress=False)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        images = florence2_image_processor(side)
+        images.image_seq_length = 5  # the tiny tower has twice as many a side, and their mean
+        prompts = replace(X_VLA, num_views=2, language_length=12)
+        return WallVLAProcessor(images, tokenizer, robots, longest_side=None, prompt_format=prompts, **common)
+    tokenizer = build_tokenizer(config)
+    if vlm == "internvl":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<img>", "</img>", "<IMG_CONTEXT>"]})
+        images = internvl_image_processor(side)
+        images.image_seq_length = 4
+        return WallVLAProcessor(images, tokenizer, robots, longest_side=None, prompt_format=INTERN_VL, **common)
+    images = build_processor(config, embodiment(config)).image_processor
+    return WallVLAProcessor(images, tokenizer, robots, longest_side=side, prompt_format=QWEN_CHAT, **common)
+
+
+def tiny_parts_of(kind: str, vlm: str, robots: dict | None = None, **overrides) -> tuple:
+    """(model, processor) of each kind on each VLM; every expert gets the state that its kind can take."""
+    proprioception = overrides.setdefault("proprioception", "expert")
+    processor = tiny_processor_of(vlm, robots, proprioception)
+    config = tiny_config_of(kind, vlm, state_dim=4, **overrides)
+    values = config.to_dict()
+    values["vlm_config"]["text_config"]["vocab_size"] = len(processor.tokenizer)
+    values["vlm_config"]["image_token_id"] = processor.image_token_id
+    if values["language_tokens"]:
+        values["language_tokens"] = processor.prompt_format.language_length
+    config = WallVLAConfig(**{name: values[name] for name in WallVLAConfig.__dataclass_fields__ if name in values})
+    torch.manual_seed(0)
+    return perturbed(WallVLAForConditionalGeneration(config).eval()), processor
 
 
 def tiny_batch_of(vlm: str, images: tuple[int, ...] = (1, 2), padding: int = 0, seed: int = 0) -> dict:

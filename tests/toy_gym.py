@@ -1,6 +1,8 @@
 """A small gymnasium environment for tests: a dot has to reach a goal. It misbehaves when the environment says so."""
 
 import os
+import signal
+import time
 
 import gymnasium
 import numpy as np
@@ -57,5 +59,40 @@ class DiscreteEnv(ToyEnv):
         return observation, reward, solved, truncated, {}
 
 
+class LineEnv(gymnasium.Env):
+    """A dot on a line has three steps to go to a goal on one of the two sides; the reward is how near it comes.
+
+    It kills its process, or never answers, in episodes that the environment names.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if str(seed) in os.environ.get("TOY_DIES_AT", "").split():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if str(seed) in os.environ.get("TOY_HANGS_AT", "").split():
+            time.sleep(3600)
+        self.position, self.goal = 0.0, self.np_random.choice([-0.6, 0.6])
+        return self.observation(), {}
+
+    def step(self, action):
+        self.position = float(np.clip(self.position + 0.3 * action[0], -1, 1))
+        distance = abs(self.position - self.goal)
+        return self.observation(), 1 - distance, distance < 0.2, False, {"is_success": bool(distance < 0.2)}
+
+    def observation(self):
+        return np.array([self.position, self.goal], np.float32)
+
+    def render(self):
+        return np.zeros((32, 32, 3), np.uint8)
+
+
 gymnasium.register("Toy-v0", ToyEnv, max_episode_steps=40)
 gymnasium.register("ToyDiscrete-v0", DiscreteEnv, max_episode_steps=40)
+gymnasium.register("Line-v0", LineEnv, max_episode_steps=3)

@@ -9,6 +9,15 @@ from transformers import TrainingArguments
 from .muon import MATRICES
 
 
+# The stages of Qwen-VLA's recipe (section 3.1) but for the fourth, reinforcement learning, which has its own trainer.
+# Their data (no images and whole trajectories for t2a, balanced sampling for sft) are the mixture's business.
+STAGES = {
+    "t2a": {"freeze": ["vision", "vlm"], "time_sampler": "logit_normal", "max_steps": 2000},
+    "cpt": {"time_sampler": "beta"},
+    "sft": {"time_sampler": "beta", "text_loss_weight": 0.1},
+}
+
+
 @dataclass
 class CoTrainingConfig(TrainingArguments):
     r"""
@@ -24,6 +33,12 @@ class CoTrainingConfig(TrainingArguments):
     loss_space (`str`, *optional*):
         `"action"` or `"velocity"`: where the flow loss of this run is measured (sections 2.2.2 and 5.2). It becomes
         the checkpoint's; by default it stays what the checkpoint says.
+    time_sampler (`str`, *optional*), text_loss_weight (`float`, *optional*):
+        As in [`WallVLAConfig`], for this run and from then on; by default what the checkpoint says.
+    stage (`str`, *optional*):
+        A stage of Qwen-VLA's recipe: `"t2a"` trains the action expert alone, at logit-normal times, for 2,000 steps;
+        `"cpt"` everything at Beta times; `"sft"` too, with 0.1 as the weight of text. It only chooses defaults
+        (`STAGES`): an option that is given wins.
     gradient_bridge_steps (`int`, *optional*, defaults to 0):
         Steps between two measurements of [`GradientBridgeCallback`]; 0: none.
     log_loss_breakdown (`bool`, *optional*, defaults to `False`):
@@ -71,6 +86,15 @@ class CoTrainingConfig(TrainingArguments):
     )
     loss_space: Literal["action", "velocity"] | None = field(
         default=None, metadata={"help": "Where the flow loss is measured. Default: as the checkpoint says."}
+    )
+    time_sampler: Literal["beta", "uniform", "logit_normal", "stratified"] | None = field(
+        default=None, metadata={"help": "Distribution of flow times. Default: as the checkpoint says."}
+    )
+    text_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the text loss. Default: as the checkpoint says."}
+    )
+    stage: Literal["t2a", "cpt", "sft"] | None = field(
+        default=None, metadata={"help": "Defaults of a stage of Qwen-VLA's recipe."}
     )
     gradient_bridge_steps: int = field(
         default=0, metadata={"help": "Steps between two measurements of each objective's gradient; 0: none."}
@@ -124,6 +148,10 @@ class CoTrainingConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        stage = STAGES[self.stage] if self.stage is not None else {}
+        for name, value in stage.items():
+            if vars(self)[name] in (None, [], -1):  # not given
+                setattr(self, name, value)
         super().__post_init__()
         if self.switch_step < 0:
             raise ValueError(

@@ -40,11 +40,8 @@ class LossBarCallback(ProgressCallback):
 
 def build_instruments(model: nn.Module, args: CoTrainingConfig, processing_class=None) -> list[Instrument]:
     """The instruments that the options ask for."""
-    config, sizes = model.config, {"language_model.layers.": 0, "action_expert.layers.": 0}
-    for name, parameter in model.named_parameters():
-        for part in sizes:
-            sizes[part] += parameter.numel() if part in name else 0
-    instruments: list[Instrument] = [Throughput(*sizes.values(), peak_flops=args.peak_flops)]
+    config = model.config
+    instruments: list[Instrument] = [Throughput(model, args.peak_flops)]
     if args.log_loss_breakdown:
         robots = [] if processing_class is None else processing_class.embodiments.values()
         domains = 1 + max((robot.domain for robot in robots), default=0)
@@ -94,8 +91,9 @@ class CoTrainingTrainer(Trainer):
     ):
         if processing_class is not None:
             processing_class.check_model(model.config)
-        if args.loss_space is not None:
-            model.config.loss_space = args.loss_space
+        for name in ("loss_space", "time_sampler", "text_loss_weight"):
+            if vars(args)[name] is not None:
+                setattr(model.config, name, vars(args)[name])
         if args.freeze:
             freeze(model, args.freeze)
         part_of = parts_of(model)
@@ -227,7 +225,7 @@ class CoTrainingTrainer(Trainer):
     ):
         """The weighted sum of the losses, each scaled to this micro batch's share of the optimizer step."""
         if self.accelerator.num_processes > 1:
-            inputs = complete_batch(inputs, self.accelerator.unwrap_model(model).config)
+            inputs = complete_batch(inputs, self.accelerator.unwrap_model(model))
         if "actions" in inputs:
             inputs = {**inputs, **self._draw_flow(inputs["actions"])}
         self._micro_batch += 1  # also without actions: it is the place in the step

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..configuration_wallvla import WallVLAConfig
+from ..modeling_wallvla import WallVLAForConditionalGeneration
 
 
 # In a checkpoint: how much of the data mixture was used
@@ -18,7 +18,7 @@ DATA_STATE = "mixture_state.json"
 logger = logging.getLogger(__name__)
 
 
-def complete_batch(batch: Mapping[str, Tensor], config: WallVLAConfig) -> dict[str, Tensor]:
+def complete_batch(batch: Mapping[str, Tensor], model: WallVLAForConditionalGeneration) -> dict[str, Tensor]:
     """Adds to a batch what it lacks for every module of the model to run, without weight in any loss.
 
     Sharded and replicated modules talk to the other ranks whenever they run, forward and backward. A rank whose batch
@@ -26,36 +26,37 @@ def complete_batch(batch: Mapping[str, Tensor], config: WallVLAConfig) -> dict[s
     would wait for it for ever. So its batch gets an image on a padding token, labels of -100 and a chunk whose mask is
     False everywhere: their gradients are zero, and they count no element (`tests/test_sharding.py`).
 
+    Rows of one layout always have images, and a VLM without an LM head needs no labels.
+
     Args:
         batch: see "Batch" in docs/architecture.md.
-        config: of the model.
+        model: that gets it.
 
     Returns:
-        A batch with all those keys; sequences are one token longer if an image was added.
+        A batch with all those keys; sequences are longer by the tokens of an image if one was added.
     """
-    batch = dict(batch)
+    batch, config = dict(batch), model.config
     ids = batch["input_ids"]
-    if "pixel_values" not in batch:
-        vision = config.vlm_config.vision_config
-        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        side = vision.spatial_merge_size
-        batch["pixel_values"] = torch.zeros(side * side, patch, device=ids.device)
-        batch["image_grid_thw"] = torch.tensor([[1, side, side]], device=ids.device)  # one token
+    if "pixel_values" not in batch and config.language_tokens is None:
+        image, tokens = model.vl_expert.blank_image(ids.device)
+        batch |= image
         if "mm_token_type_ids" not in batch:
             batch["mm_token_type_ids"] = torch.zeros_like(ids)
         columns = {"input_ids": 0, "attention_mask": 0, "mm_token_type_ids": 0, "labels": -100}
         for key, value in columns.items():
             if key in batch:
-                batch[key] = torch.cat([batch[key].new_full((len(ids), 1), value), batch[key]], dim=1)
-        batch["input_ids"][0, 0] = config.vlm_config.image_token_id
-        batch["mm_token_type_ids"][0, 0] = 1
-    if "labels" not in batch:
+                batch[key] = torch.cat([batch[key].new_full((len(ids), tokens), value), batch[key]], dim=1)
+        batch["input_ids"][0, :tokens] = config.vlm_config.image_token_id
+        batch["mm_token_type_ids"][0, :tokens] = 1
+    if "labels" not in batch and model.get_output_embeddings() is not None:
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
     if "actions" not in batch:
         shape = (len(ids), config.action_horizon, config.action_dim)
         batch["actions"] = torch.zeros(shape, device=ids.device)
         batch["action_mask"] = torch.zeros(shape, dtype=torch.bool, device=ids.device)
-    if config.proprioception == "projected" and "states" not in batch:
+    if "domain_ids" not in batch:
+        batch["domain_ids"] = torch.zeros_like(ids[:, 0])
+    if config.proprioception in ("projected", "expert") and "states" not in batch:
         batch["states"] = torch.zeros(len(ids), config.state_dim, device=ids.device)
         batch["state_mask"] = torch.zeros_like(batch["states"], dtype=torch.bool)
     return batch

@@ -7,26 +7,23 @@ each kind and a small vocabulary; the other layers and samples, and the logits, 
 
 import copy
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration_wallvla import WallVLAConfig
 from ..modeling_wallvla import WallVLAForConditionalGeneration
+from ..vl_experts_wallvla import VL_EXPERTS
 from .co_training_config import CoTrainingConfig
 from .muon import BUCKET_SIZE, count_parts, is_muon_parameter, logical_matrices, newton_schulz_flops, plan_buckets
 
 
 GIB = 2**30
 VOCABULARY = 64
-# The layers that are repeated, and where they are
-LAYERS = {
-    "vision": "vlm.model.visual.blocks",
-    "language": "vlm.model.language_model.layers",
-    "action": "action_expert.layers",
-}
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,9 @@ class Workload:
     accumulation: micro batches of an optimizer step.
     ranks: devices, over which FSDP2 shards parameters, gradients and optimizer state.
     images: pictures of a sample.
-    image_size: side of a square picture in pixels, a multiple of patch size times merge size.
-    text_tokens: tokens of a sample beside the pictures.
+    image_size: side of a square picture in pixels, a multiple of patch size times merge size. Of no effect on a VLM
+        whose images have one size.
+    text_tokens: tokens of a sample beside the pictures. Of no effect on rows of one layout.
     labels: of them, tokens that are learned.
     """
 
@@ -113,63 +111,110 @@ class Estimate:
 def one_layer_of_each(config: WallVLAConfig) -> WallVLAForConditionalGeneration:
     """A model of the real width with one layer of each kind and a small vocabulary, on the CPU."""
     values = copy.deepcopy(config.to_dict())
-    text, vision = values["vlm_config"]["text_config"], values["vlm_config"]["vision_config"]
-    text |= {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "layer_types": ["full_attention"]}
-    text |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    vision |= {"depth": 1, "fullatt_block_indexes": [0]}
-    values["vlm_config"]["image_token_id"] = VOCABULARY - 1
+    vlm, text, vision = (
+        values["vlm_config"],
+        values["vlm_config"]["text_config"],
+        values["vlm_config"]["vision_config"],
+    )
+    kinds = list(dict.fromkeys(text.get("layer_types") or ["full_attention"]))
+    fewer = {"num_hidden_layers": len(kinds), "layer_types": kinds, "encoder_layers": 1, "decoder_layers": 1}
+    text |= {name: value for name, value in fewer.items() if name in text} | {"vocab_size": VOCABULARY}
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    text |= {name: None for name in ids if name in text and (text[name] or 0) >= VOCABULARY}
+    fewer = {"depth": 1, "num_hidden_layers": 1, "fullatt_block_indexes": [0], "deepstack_visual_indexes": [0]}
+    fewer["depths"] = [1 for _ in vision.get("depths", ())]
+    vision |= {name: value for name, value in fewer.items() if name in vision}
+    vlm["image_token_id"] = VOCABULARY - 1
     values["action_expert"]["num_hidden_layers"] = 1
     values |= {"num_action_tokens": 0, "action_token_start_id": None, "action_tokens_per_chunk": None}
     values |= {"action_token_levels": 1, "state_token_id": VOCABULARY - 2}
     return WallVLAForConditionalGeneration(WallVLAConfig(**values)).train()
 
 
+def repeated_layers(small: nn.Module, whole: nn.Module) -> dict[str, int]:
+    """Path of each layer of the small model -> how many like it the whole model has in the same list."""
+
+    def shapes(layer: nn.Module) -> tuple:
+        return type(layer), *((name, p.shape) for name, p in layer.named_parameters())
+
+    result = {}
+    for path, module in small.named_modules():
+        if isinstance(module, nn.ModuleList):
+            layers = list(map(shapes, whole.get_submodule(path)))
+            for i, layer in enumerate(module):
+                if len(layers) > len(module) or isinstance(layer, GradientCheckpointingLayer):
+                    result[f"{path}.{i}"] = layers.count(shapes(layer))
+    return result
+
+
 def one_sample(config: WallVLAConfig, workload: Workload) -> dict[str, Tensor]:
     """A sample of that size, of nothing."""
-    vision = config.vlm_config.vision_config
-    side = workload.image_size // vision.patch_size
-    merged = (side // vision.spatial_merge_size) ** 2
-    picture = [1] + merged * [config.vlm_config.image_token_id]  # text in between tells pictures apart
-    ids = torch.tensor([workload.images * picture + (workload.text_tokens - workload.images) * [1]])
-    targets = torch.full_like(ids, -100)
-    targets[:, ids.shape[1] - workload.labels :] = 1
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    shape = (1, config.action_horizon, config.action_dim)
+    vl_expert = VL_EXPERTS[config.vlm_config.model_type](config.vlm_config, config.language_tokens)
+    picture, count = vl_expert.blank_image(torch.device("cpu"), workload.image_size)
+    image, images = count * [config.vlm_config.image_token_id], workload.images
+    if config.language_tokens is None:  # text in between tells pictures apart
+        row = images * [1, *image] + (workload.text_tokens - images) * [1]
+    else:
+        row = image + config.language_tokens * [1] + (images - 1) * image
+    ids, shape = torch.tensor([row]), (1, config.action_horizon, config.action_dim)
     sample = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "labels": targets,
         "actions": torch.zeros(shape),
         "noise": torch.ones(shape),
         "time": torch.ones(1) / 2,
         "action_mask": torch.ones(shape, dtype=torch.bool),
+        "domain_ids": torch.zeros(1, dtype=torch.long),
     }
-    if workload.images:
-        sample["pixel_values"] = torch.zeros(workload.images * side * side, patch)
-        sample["image_grid_thw"] = torch.tensor([[1, side, side]] * workload.images)
+    if config.language_tokens is None:  # rows of one layout have no text to learn
+        sample["labels"] = torch.full_like(ids, -100)
+        sample["labels"][:, ids.shape[1] - workload.labels :] = 1
+    if config.proprioception in ("projected", "expert"):
+        sample["states"] = torch.zeros(1, config.state_dim)
+        sample["state_mask"] = torch.ones(1, config.state_dim, dtype=torch.bool)
+    if images:
+        sample |= {name: torch.cat(images * [value]) for name, value in picture.items()}
     return sample
 
 
-def count_sample(config: WallVLAConfig, workload: Workload, bf16: bool) -> tuple[dict, dict, dict]:
-    """Bytes that autograd keeps, operations of the forward pass, and bytes of a layer's input (hidden states, and the
-    keys and values that leave it), by kind of layer; "rest" is everything else."""
-    model = one_layer_of_each(config)
-    saved, inputs, seen = (
-        defaultdict(int),
-        defaultdict(int),
-        {p.untyped_storage().data_ptr() for p in model.parameters()},
-    )
-    here = ["rest"]
-    for kind, path in LAYERS.items():
-        layer = model.get_submodule(path)[0]
+@dataclass
+class Counts:
+    """What one sample costs in the small model, by the path of a layer; "rest" is everything outside of layers.
 
-        def enter(module, args, kind=kind):
-            here.append(kind)
-            inputs[kind] = args[0].nbytes
+    saved: bytes that autograd keeps. flops: of the forward pass. inputs: bytes of what goes into a layer.
+    differentiated: layers whose input has a gradient. keys_and_values: bytes that one VL layer leaves to the expert.
+    """
 
+    saved: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    flops: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, int] = field(default_factory=dict)
+    differentiated: set[str] = field(default_factory=set)
+    keys_and_values: int = 0
+
+
+def count_sample(
+    model: WallVLAForConditionalGeneration, paths: Iterable[str], workload: Workload, bf16: bool
+) -> Counts:
+    """Runs one sample through a model of `one_layer_of_each`."""
+    result, here = Counts(), ["rest"]
+    seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for path in paths:
+
+        def enter(module, args, path=path):
+            here.append(path)
+            result.inputs[path] = args[0].nbytes
+            if args[0].requires_grad:
+                result.differentiated.add(path)
+
+        layer = model.get_submodule(path)
         layer.register_forward_pre_hook(enter)
         layer.register_forward_hook(lambda module, args, output: here.pop() and None)
 
+    def see_context(module, args):
+        pairs = args[2].keys + args[2].values
+        result.keys_and_values = sum(each.nbytes for each in pairs) // max(1, len(args[2].keys))
+
+    model.action_expert.register_forward_pre_hook(see_context)
     weights = {p.shape for p in model.parameters() if p.ndim == 2} | {p.shape[::-1] for p in model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -180,30 +225,44 @@ def count_sample(config: WallVLAConfig, workload: Workload, bf16: bool) -> tuple
         ):
             seen.add(storage.data_ptr())
             kept.append(tensor)  # so that no other tensor gets its address
-            saved[here[-1]] += storage.nbytes()
+            result.saved[here[-1]] += storage.nbytes()
         return tensor
 
     kept: list[Tensor] = []
-    sample = one_sample(model.config, workload)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         FlopCounterMode(display=False) as counter,
     ):
-        model(**sample)
+        model(**one_sample(model.config, workload))
     counts = counter.get_flop_counts()
-    flops = {kind: sum(counts[f"WallVLAForConditionalGeneration.{path}.0"].values()) for kind, path in LAYERS.items()}
-    flops["rest"] = counter.get_total_flops() - sum(flops.values())
-    text = config.vlm_config.text_config
-    head = text.hidden_size // text.num_attention_heads
-    keys_and_values = 2 * sample["input_ids"].numel() * text.num_key_value_heads * head * (2 if bf16 else 4)
-    inputs["language"] += keys_and_values
-    return saved, flops, inputs
+    result.flops = {path: sum(counts[f"{type(model).__name__}.{path}"].values()) for path in paths}
+    result.flops["rest"] = counter.get_total_flops() - sum(result.flops.values())
+    return result
 
 
 def shard(shape: torch.Size, ranks: int) -> int:
     """Elements of the largest shard, cut by rows as torch does it."""
     return shape.numel() if not shape else -(-shape[0] // ranks) * shape[1:].numel()
+
+
+def optimizer_needs(
+    trained: list[tuple[str, nn.Parameter]], optimizer: str, bf16: bool, ranks: int
+) -> tuple[int, int, int]:
+    """Bytes of state and of buffers, and FLOPs of one step of the busiest rank; arguments of `estimate_training`."""
+    chosen = [(n, p) for n, p in trained if optimizer != "adamw" and is_muon_parameter(n, p)]
+    state = 8 * sum(shard(p.shape, ranks) for _, p in trained) - 4 * sum(shard(p.shape, ranks) for _, p in chosen)
+    if not chosen:
+        return state, 0, 0
+    matrices = logical_matrices([tuple(p.shape) for _, p in chosen], [count_parts(n) for n, _ in chosen])
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    plan = plan_buckets(matrices, ranks, bucket_size=BUCKET_SIZE, dtype=dtype)
+    elements = [max(sum(torch.Size(matrices[i].shape).numel() for i in own) for own in bucket) for bucket in plan]
+    # a bucket that is orthogonalised (whole, iterate, product), the next one and the last one on their way
+    buffers = 6 * max(elements) * dtype.itemsize
+    costs = [newton_schulz_flops(*m.shape, dtype=dtype) for m in matrices]
+    flops = max(sum(costs[i] for bucket in plan for i in bucket[rank]) for rank in range(ranks))
+    return state, buffers, flops
 
 
 def estimate_training(
@@ -222,60 +281,68 @@ def estimate_training(
         optimizer: as in [`CoTrainingConfig`].
         bf16: autocast to bfloat16 over float32 weights.
         gradient_checkpointing: keep the inputs of layers and compute the rest again.
-        model: on the meta device, where it is not all trained or not all float32 (adapters); default: all of `config`.
+        model: on the meta device, where it is not all trained or not all float32 (adapters, frozen parts); default:
+            all of `config`.
     """
-    if model is None:
-        with torch.device("meta"):
-            model = WallVLAForConditionalGeneration(config)
-    ranks = workload.ranks
+    with torch.device("meta"):
+        whole = WallVLAForConditionalGeneration(config)
+    model, ranks = whole if model is None else model, workload.ranks
     named = list(model.named_parameters())
     trained = [(name, p) for name, p in named if p.requires_grad]
     parameters = sum(shard(p.shape, ranks) * p.element_size() for _, p in named)
     gradients = sum(shard(p.shape, ranks) * 4 for _, p in trained)
-    chosen = [(n, p) for n, p in trained if optimizer != "adamw" and is_muon_parameter(n, p)]
-    state = 8 * sum(shard(p.shape, ranks) for _, p in trained) - 4 * sum(shard(p.shape, ranks) for _, p in chosen)
-    buffers = optimizer_flops = 0
-    if chosen:
-        matrices = logical_matrices([tuple(p.shape) for _, p in chosen], [count_parts(n) for n, _ in chosen])
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        plan = plan_buckets(matrices, ranks, bucket_size=BUCKET_SIZE, dtype=dtype)
-        elements = [max(sum(torch.Size(matrices[i].shape).numel() for i in own) for own in bucket) for bucket in plan]
-        # a bucket that is orthogonalised (whole, iterate, product), the next one and the last one on their way
-        buffers = 6 * max(elements) * dtype.itemsize
-        costs = [newton_schulz_flops(*m.shape, dtype=dtype) for m in matrices]
-        optimizer_flops = max(sum(costs[i] for bucket in plan for i in bucket[rank]) for rank in range(ranks))
+    state, buffers, optimizer_flops = optimizer_needs(trained, optimizer, bf16, ranks)
+    small = one_layer_of_each(config)
+    times = repeated_layers(small, whole)
+    lists = sorted({path.rpartition(".")[0] for path in times})
 
-    saved, flops, inputs = count_sample(config, workload, bf16)
-    depth = {
-        "vision": config.vlm_config.vision_config.depth,
-        "language": config.vlm_config.text_config.num_hidden_layers,
-        "action": config.action_expert.num_hidden_layers,
-    }
-    rows = workload.labels
+    def part_of(name: str) -> str:
+        """The list of layers that a parameter is in (adapters are there too), or else its module."""
+        return next((path for path in lists if f"{path}." in name), None) or name.rpartition(".")[0]
+
+    for name, p in small.named_parameters():
+        p.requires_grad_(any(f"{part_of(name)}." in each for each, _ in trained))
+    counts = count_sample(small, times, workload, bf16)
+    text, rows = config.vlm_config.text_config, workload.labels if whole.get_output_embeddings() is not None else 0
     # float32 logits, their log-probabilities, and the low-precision logits before them
-    logits = rows * config.vlm_config.text_config.vocab_size * (10 if bf16 else 8)
-    flops["rest"] += 2 * rows * config.vlm_config.text_config.hidden_size * config.vlm_config.text_config.vocab_size
+    logits = rows * text.vocab_size * (10 if bf16 else 8)
+    counts.flops["rest"] += 2 * rows * text.hidden_size * text.vocab_size
+    kept, again = {path: counts.saved[path] for path in times}, [0]
     if gradient_checkpointing:
-        layers = sum(depth[kind] * inputs[kind] for kind in LAYERS) + max(saved[kind] for kind in LAYERS)
-    else:
-        layers = sum(depth[kind] * saved[kind] for kind in LAYERS)
-    activations = workload.batch_size * (layers + saved["rest"] + logits)
-    repeated = sum(depth[kind] * flops[kind] for kind in LAYERS)
-    forward = repeated + flops["rest"]
+        again = [path for path in times if isinstance(small.get_submodule(path), GradientCheckpointingLayer)]
+        again = [path for path in again if counts.saved[path]]  # not those before everything that is trained
+        kept |= {path: counts.inputs[path] for path in again}
+    activations = counts.saved["rest"] + logits + sum(times[path] * kept[path] for path in times)
+    if gradient_checkpointing:  # otherwise they are among what a layer keeps
+        activations += counts.keys_and_values * text.num_hidden_layers
+        activations += max((counts.saved[path] for path in again), default=0)
+    activations *= workload.batch_size
+
+    def share(path: str) -> float:
+        """Of the parameters in a list of layers (or outside of all), those that are trained."""
+        sizes = [
+            (p.numel(), p.requires_grad) for name, p in named if (part_of(name) in lists and part_of(name)) == path
+        ]
+        return sum(size for size, is_trained in sizes if is_trained) / max(1, sum(size for size, _ in sizes))
+
     # the gradient of activations costs a forward pass, and so does the gradient of the weights that are trained
-    share = sum(p.numel() for _, p in trained) / sum(p.numel() for _, p in named)
-    passes = forward * (2 + share) + (repeated if gradient_checkpointing else 0)
+    passes = counts.flops["rest"] * (2 + share(False))
+    for path, count in times.items():
+        of_weights = share(path.rpartition(".")[0])
+        of_inputs = of_weights > 0 or path in counts.differentiated
+        passes += count * counts.flops[path] * (1 + of_weights + of_inputs + (path in again))
     size = 2 if bf16 else 4
     if ranks == 1:
         working = sum(p.numel() * 2 for _, p in named if p.ndim == 2 and p.dtype == torch.float32) if bf16 else 0
     else:
         by_layer = defaultdict(int)
         for name, p in named:
-            kind = next((path for path in LAYERS.values() if name.startswith(path)), None)
-            by_layer[".".join(name.split(".")[: kind.count(".") + 2]) if kind else "rest"] += p.numel() * size
+            path = part_of(name)
+            index = name.partition(f"{path}.")[2].partition(".")[0]
+            by_layer[f"{path}.{index}" if path in lists else "rest"] += p.numel() * size
         # two layers: the one that runs and the next one; what is in no layer stays gathered
         working = by_layer.pop("rest") + 2 * max(by_layer.values())
-    tokens = one_sample_tokens(config, workload)
+    tokens = one_sample(config, workload)["input_ids"].numel() + config.action_horizon
     fixed = parameters + gradients + state
     return Estimate(
         parameters=parameters,
@@ -289,10 +356,3 @@ def estimate_training(
         optimizer_flops=optimizer_flops,
         tokens=tokens * workload.batch_size * workload.accumulation * ranks,
     )
-
-
-def one_sample_tokens(config: WallVLAConfig, workload: Workload) -> int:
-    """Prefix and action tokens of a sample."""
-    vision = config.vlm_config.vision_config
-    merged = (workload.image_size // vision.patch_size // vision.spatial_merge_size) ** 2
-    return workload.images * merged + workload.text_tokens + config.action_horizon

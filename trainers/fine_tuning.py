@@ -35,7 +35,7 @@ from .co_training_config import CoTrainingConfig
 from .co_training_trainer import CoTrainingTrainer
 from .distributed import DATA_STATE, last_checkpoint
 from .estimate import Estimate, EstimateArguments, estimate_training
-from .parameter_groups import DOMAIN_PARTS, parts_of
+from .parameter_groups import freeze
 
 
 @dataclass
@@ -173,7 +173,7 @@ def add_statistics(processor, datasets: Sequence[LeRobotDataset]) -> None:
     """Computes the statistics of the robots that have none, each over all of its datasets."""
     for name in dict.fromkeys(dataset.embodiment for dataset in datasets):
         robot = processor.embodiments[name]
-        if robot.statistics is None:
+        if robot.statistics is None and robot.normalization != "none":
             own = [dataset for dataset in datasets if dataset.embodiment == name]
             processor.add_embodiment(name, replace(robot, statistics=compute_statistics(own, robot)))
 
@@ -278,11 +278,12 @@ def estimate_run(
     with torch.device("meta"):
         model = WallVLAForConditionalGeneration(config)
         if options.adapter_rank:
-            part_of = parts_of(model)
             for name, parameter in model.named_parameters():
-                if part_of[name] not in ("heads", *DOMAIN_PARTS):
+                if not any(f"{kept}." in name for kept in model._keep_in_fp32_modules_strict):
                     parameter.data = parameter.data.to(weight_dtype(options, args))
             model = adapt(model, options)
+        if args.freeze:
+            freeze(model, args.freeze)
     return estimate_training(
         config, sizes.workload(args), args.optimizer, args.bf16, args.gradient_checkpointing, model
     )

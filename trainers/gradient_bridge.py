@@ -15,7 +15,8 @@ from .instrument import Instrument, MicroBatch
 
 
 OBJECTIVES = ("flow", "action_token", "text")
-VL_LAYER = re.compile(r"(?:^|\.)vlm\.model\.language_model\.layers\.(\d+)\.")
+# The language model of every VLM; Florence-2 has its encoder alone
+VL_LAYER = re.compile(r"(?:^|\.)vlm\.(?:model\.)?language_model\.(?:encoder\.)?layers\.(\d+)\.")
 
 
 def sampled_parameters(model: nn.Module, num_layers: int) -> list[nn.Parameter]:

@@ -4,9 +4,10 @@ import time
 
 import torch
 from accelerate.utils import reduce
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..flow_matching_wallvla import interpolate, velocity_from_action, velocity_of
+from .gradient_bridge import VL_LAYER
 from .instrument import Instrument, MicroBatch
 
 
@@ -74,17 +75,19 @@ class Throughput(Instrument):
     """Samples per second, the share of time spent waiting for data, model FLOPs per second and peak device memory.
 
     `data_wait`: share of the time between the end of an optimizer step and the first forward pass of the next one,
-    which is what the loader and the collator take in the training process. FLOPs are 6 per trained parameter and
-    position (paper 2001.08361), each expert with its own positions: padding and image patches of the vision tower are
-    not counted, and neither is attention.
+    which is what the loader and the collator take in the training process. FLOPs are 6 per parameter of a layer and
+    position that goes through it (paper 2001.08361), for the layers of the language model and of the action expert:
+    the vision tower is not counted, and neither is attention.
 
     Args:
-        vlm_parameters, expert_parameters: of the language model's and the action expert's layers.
+        model: a [`WallVLAForConditionalGeneration`].
         peak_flops: of one device; with it `mfu`, the share of it that is used, is logged.
     """
 
-    def __init__(self, vlm_parameters: int, expert_parameters: int, peak_flops: float | None = None):
-        self.vlm_parameters, self.expert_parameters, self.peak_flops = vlm_parameters, expert_parameters, peak_flops
+    def __init__(self, model: nn.Module, peak_flops: float | None = None):
+        self.model, self.peak_flops = model, peak_flops
+        self.vlm_parameters = sum(p.numel() for name, p in model.named_parameters() if VL_LAYER.search(name))
+        self.expert_parameters = sum(p.numel() for p in model.action_expert.layers.parameters())
         self._clear()
 
     def _clear(self) -> None:
@@ -96,10 +99,13 @@ class Throughput(Instrument):
 
     def on_micro_batch(self, step: int, micro_batch: MicroBatch) -> None:
         inputs = micro_batch.inputs
-        positions = inputs["input_ids"].numel()
-        actions = inputs["actions"][..., 0].numel() if "actions" in inputs else 0
-        self._samples += len(inputs["input_ids"])
-        self._flops += 6 * (self.vlm_parameters * positions + self.expert_parameters * actions)
+        rows, length = inputs["input_ids"].shape
+        of_row = self.vlm_parameters * self.model.vl_expert.encoded_length(inputs)
+        if "actions" in inputs:
+            tokens = self.model.action_expert.sequence_length(length, inputs["actions"].shape[1])
+            of_row += self.expert_parameters * tokens
+        self._samples += rows
+        self._flops += 6 * rows * of_row
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._waited += time.perf_counter() - self._step_ended

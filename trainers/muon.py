@@ -29,7 +29,8 @@ from torch.optim.adamw import adamw
 # [0.7, 1.2] (https://kellerjordan.github.io/posts/muon)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
-MATRICES = r"(^|\.)(layers|blocks)\.\d+\."
+MATRICES = r"(^|\.)(layers?|blocks)\.\d+\."  # InternVL's vision tower has `layer`
+STACKED = {"qkv": 3, "modulation": 6}  # matrices of a fused projection, by its name
 BUCKET_SIZE = 2**26
 
 
@@ -307,8 +308,11 @@ def is_muon_parameter(name: str, parameter: nn.Parameter, matrices: str = MATRIC
 
 
 def count_parts(name: str) -> int:
-    """How many matrices a parameter is on top of each other: the vision tower's fused `qkv` is three."""
-    return 3 if name.endswith(".attn.qkv.weight") else 1
+    """How many matrices a parameter is on top of each other: a fused `qkv` is three, a DiT layer's modulation six.
+
+    `in_proj_qkv` of linear attention (Qwen3.5) counts as one, since its parts differ in size.
+    """
+    return STACKED.get(name.split(".")[-2], 1) if "." in name else 1
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

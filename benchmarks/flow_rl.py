@@ -1,0 +1,165 @@
+"""Reinforcement learning in small: an under-trained policy, improved by its own successes, before and after.
+
+    python benchmarks/flow_rl.py --run RUN --output runs/flow-rl --seeds 0 1 2
+    python benchmarks/flow_rl.py --output runs/flow-rl --report benchmarks/results      # tables of what is there
+
+RUN is a finished `wallvla quickstart`, whose demonstrations train the policy to start from: 200 steps instead of
+1,500. Every seed then starts from that one policy and gets the reward 1 for solving the task within the time limit,
+and nothing else. All policies meet the same held-out scenes with the same noise, so before and after are paired scene
+by scene. Everything finished is kept: a call after ctrl-C goes on from the last checkpoint and the last episode.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from wallvla import register_auto_classes
+from wallvla.evaluation.closed_loop import closed_loop_spec, evaluate
+from wallvla.evaluation.statistics import compare_paired, wilson_interval
+from wallvla.quickstart import EMBODIMENT, QuickstartConfig, train
+from wallvla.reinforcement_learning import RolloutArguments, train_rl
+from wallvla.trainers.flow_ppo_config import FlowPPOConfig
+
+
+TASK = "window-close-v3"
+START_STEPS = 200
+TIME_LIMIT = 96  # steps in which the task has to be solved: 1.2 s. The scripted expert needs 80
+LONG_LIMIT = 152  # evaluations go on to here, so that success without haste is known too
+EXECUTE_STEPS = 8
+PPO = {
+    "episodes": 64,
+    "noise_level": 0.9,
+    "learning_rate": 3e-5,
+    "value_learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "batch_size": 64,
+    "freeze": ["vision", "vlm"],
+    "cache_context": True,
+    "save_steps": 2,
+}
+
+
+def make_start(run: Path, output: Path) -> Path:
+    """The under-trained policy."""
+    folder = output / "start"
+    folder.mkdir(parents=True, exist_ok=True)
+    for shared in ("dataset", "grounding.parquet"):
+        if not (folder / shared).exists():
+            (folder / shared).symlink_to((run / shared).resolve())
+    if not (folder / "hub").exists():
+        train(QuickstartConfig(steps=START_STEPS, num_processes=1), folder, folder / "hub", {"report_to": "none"})
+    return folder / "hub"
+
+
+def improve(start: Path, output: Path, seed: int, iterations: int) -> Path:
+    """PPO from the start policy; more iterations only add to those that are there."""
+    folder = output / f"seed-{seed}"
+    if not (folder / "hub").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < iterations:
+        options = RolloutArguments(
+            str(start), [f"metaworld/{TASK}"], max_steps=TIME_LIMIT, num_workers=1, envs_per_worker=16
+        )
+        args = FlowPPOConfig(
+            output_dir=str(folder), seed=seed, iterations=iterations, execute_steps=EXECUTE_STEPS, **PPO
+        )
+        train_rl(options, args)
+    return folder / "hub"
+
+
+def measure(hub: Path, output: Path, name: str, episodes: int) -> None:
+    """Closed-loop episodes of a policy on held-out scenes; `output/evaluation/name/results.json`."""
+    policy = {"kind": "hub", "path": str(hub.resolve()), "embodiment": EMBODIMENT}
+    spec = closed_loop_spec(
+        {name: policy}, [TASK], episodes, max_steps=LONG_LIMIT, execute_steps=EXECUTE_STEPS, trust_remote_code=False
+    )
+    evaluate(spec, output / "evaluation" / name, num_workers=1)
+
+
+def outcomes(output: Path, name: str, limit: int) -> list[bool]:
+    """Success of every scene within `limit` steps."""
+    results = json.loads((output / "evaluation" / name / "results.json").read_text())
+    return [episode["success"] and episode["steps"] <= limit for episode in results["episodes"]]
+
+
+def results(output: Path) -> dict:
+    """All that was measured: by seed and by limit, before and after, and the course of training."""
+    names = sorted(path.name for path in (output / "evaluation").glob("seed-*") if (path / "results.json").exists())
+    found = {"task": TASK, "start_steps": START_STEPS, "time_limit": TIME_LIMIT, "ppo": PPO, "seeds": {}}
+    for limit in (TIME_LIMIT, LONG_LIMIT):
+        before = outcomes(output, "start", limit)
+        pooled = []
+        for name in names:
+            after = outcomes(output, name, limit)
+            pooled += after
+            found["seeds"].setdefault(name, {})[f"within_{limit}"] = compare_paired(after, before)
+        found[f"all_within_{limit}"] = compare_paired(pooled, before * len(names)) | {
+            "interval_before": wilson_interval(sum(before), len(before)),
+            "interval_after": wilson_interval(sum(pooled), len(pooled)),
+        }
+    for name in names:
+        lines = (output / name / "metrics.jsonl").read_text().splitlines()
+        found["seeds"][name]["training"] = [json.loads(line) for line in lines]
+    return found
+
+
+def table(found: dict) -> str:
+    """The results as Markdown."""
+    rows = [
+        f"| seed | episodes of training | success within {TIME_LIMIT} steps, before -> after "
+        "| difference [95%, paired] "
+        f"| only after / only before, McNemar p | within {LONG_LIMIT} steps, before -> after | difference [95%] |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, seed in [*found["seeds"].items(), ("all", None)]:
+        cells = [name.removeprefix("seed-")]
+        training = [seed] if seed else found["seeds"].values()
+        cells.append(str(sum(line["episodes"] for each in training for line in each["training"])))
+        for limit in (TIME_LIMIT, LONG_LIMIT):
+            test = seed[f"within_{limit}"] if seed else found[f"all_within_{limit}"]
+            cells.append(f"{test['rate_b']:.0%} -> {test['rate_a']:.0%} of {test['trials']}")
+            cells.append(f"{test['difference']:+.0%} [{test['low']:+.0%}, {test['high']:+.0%}]")
+            if limit == TIME_LIMIT:
+                cells.append(f"{test['only_a']} / {test['only_b']}, p = {test['p']:.2g}")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file that appears complete or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def main() -> None:
+    """Does what is not there yet, seed by seed, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="folder of a finished quickstart")
+    parser.add_argument("--output", type=Path, default=Path("runs/flow-rl"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=6)
+    parser.add_argument("--episodes", type=int, default=50, help="held-out scenes")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="only write flow_rl.json and flow_rl.md there")
+    options = parser.parse_args()
+    if options.report is None:
+        if options.run is None:
+            parser.error("give --run, or --report for the tables of what is there")
+        torch.set_num_threads(1)
+        register_auto_classes()
+        start = make_start(options.run, options.output)
+        measure(start, options.output, "start", options.episodes)
+        for seed in options.seeds:
+            hub = improve(start, options.output, seed, options.iterations)
+            measure(hub, options.output, f"seed-{seed}", options.episodes)
+    found = results(options.output)
+    print(table(found))
+    if options.report is not None:
+        options.report.mkdir(parents=True, exist_ok=True)
+        write(options.report / "flow_rl.json", json.dumps(found, indent=1) + "\n")
+        write(options.report / "flow_rl.md", table(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
