@@ -23,21 +23,22 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModel, set_seed
+from transformers import AutoModel, AutoProcessor, set_seed
 
 from wallvla import register_auto_classes
 from wallvla.action_space_wallvla import Embodiment
 from wallvla.data.lerobot import LeRobotDataset
 from wallvla.data.lerobot_writer import LeRobotWriter
+from wallvla.data.statistics import compute_statistics
 from wallvla.evaluation.closed_loop import run_episode
 from wallvla.evaluation.demonstrations import Demonstration, record_demonstrations
 from wallvla.evaluation.gym_env import StepResult
 from wallvla.evaluation.metaworld import CONTROL_FREQUENCY, EVALUATION_SEED_START, MetaWorldEnv
-from wallvla.evaluation.policy import HubPolicy
+from wallvla.evaluation.policy import BlankedImages, HubPolicy
 from wallvla.evaluation.statistics import compare_paired, holm, wilson_interval
 from wallvla.quickstart import EMBODIMENT, QuickstartConfig, build_model, build_processor
 from wallvla.trainers.co_training_config import CoTrainingConfig
-from wallvla.trainers.fine_tuning import FineTuningArguments, fine_tune
+from wallvla.trainers.fine_tuning import FineTuningArguments, add_domain, fine_tune
 from wallvla.trainers.parameter_groups import DOMAIN_PARTS, parts_of
 
 
@@ -87,7 +88,7 @@ BASE, NEW = ("front", "right"), "left"
 CONDITIONINGS = {"soft_prompt": "soft_prompt", "hpt": "hpt", "projections": "none", "language": "none"}
 BACKBONE = ["vision", "vlm", "action_expert", "heads"]
 LORA = {"adapter_rank": 1, "adapter_alpha": 2, "adapter_experts": ["vision", "vlm", "action_expert"]}
-# Start of the new domain, and more options of `wallvla train`; `None`: an untrained model
+# Start of the new domain (`None`: an untrained model), and more options of `wallvla train` (`None`: no training)
 ARMS = {
     "two steps": ("random", {}, {"two_steps": True}),
     "random": ("random", {}, {}),
@@ -95,6 +96,7 @@ ARMS = {
     "mean": ("mean", {}, {}),
     "LoRA": ("mean", LORA, {"learning_rate": 3e-3}),
     "from scratch": (None, {}, {}),
+    "not trained": ("copy:front", {}, None),
     "domain alone": ("mean", {}, {"freeze": BACKBONE, "learning_rate": 3e-3}),
 }
 REFERENCE = "random"
@@ -300,10 +302,28 @@ def pretrain(sizes: Sizes, output: Path, conditioning: str) -> Path:
     return train(sizes, output, output / f"base-{conditioning}", start, demonstrations, sizes.base_steps)
 
 
+def unadapted(output: Path, folder: Path, start: str, demonstrations: int) -> Path:
+    """The policy with the new domain and the statistics of its demonstrations, and without a step of training."""
+    if (folder / "processor_config.json").exists():
+        return folder
+    base = output / "base-soft_prompt"
+    model, processor = AutoModel.from_pretrained(base), AutoProcessor.from_pretrained(base)
+    robot, episodes = embodiment_of(NEW, 0), list(range(demonstrations))
+    data = LeRobotDataset(output / "data" / NEW, embodiment=NEW, cameras=[], action_horizon=HORIZON, episodes=episodes)
+    statistics = compute_statistics(data, robot, progress=False)
+    processor.add_embodiment(NEW, replace(robot, statistics=statistics))
+    add_domain(model, processor, NEW, f"{NEW}:{start}", seed=0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 def adapt(sizes: Sizes, output: Path, arm: str, demonstrations: int) -> Path:
     """The policy of an arm, for the new robot."""
     folder = output / f"{arm.replace(' ', '-')}-{demonstrations}"
     start, adapters, how = ARMS[arm]
+    if how is None:
+        return unadapted(output, folder, start, demonstrations)
     how = dict(how)
     if how.pop("two_steps", False):
         how |= {"adaptation_steps": sizes.adaptation_steps}
@@ -318,9 +338,12 @@ def adapt(sizes: Sizes, output: Path, arm: str, demonstrations: int) -> Path:
 
 
 @torch.no_grad()
-def open_loop_error(policy: HubPolicy, held_out: LeRobotDataset) -> float:
+def open_loop_error(policy: HubPolicy, held_out: LeRobotDataset, blind: bool) -> float:
     """Mean absolute error of sampled chunks on unseen demonstrations, in units of the normalised action."""
     samples = [held_out[index] for index in range(0, len(held_out), 4)]
+    for sample in samples if blind else ():
+        pixels = sample["images"][CAMERA]
+        sample["images"] = {CAMERA: np.full_like(pixels, round(float(pixels.mean())))}
     batch = policy.processor.encode(samples)
     actions, padding = batch.pop("actions"), batch["action_mask"]
     batch["action_mask"] = torch.ones_like(padding)
@@ -329,9 +352,12 @@ def open_loop_error(policy: HubPolicy, held_out: LeRobotDataset) -> float:
     return (predicted - actions).abs()[padding].mean().item()
 
 
-def measure(sizes: Sizes, output: Path, folder: Path, name: str) -> dict:
-    """Success on unseen scenes and the open-loop error of a policy on a robot; kept in its folder."""
-    file = folder / f"result-{name}.json"
+def measure(sizes: Sizes, output: Path, folder: Path, name: str, blind: bool = False) -> dict:
+    """Success on unseen scenes and the open-loop error of a policy on a robot; kept in its folder.
+
+    blind: it sees each image as its own mean grey.
+    """
+    file = folder / f"{'blind' if blind else 'result'}-{name}.json"
     if file.exists():
         return json.loads(file.read_text())
     started, robot = time.perf_counter(), ROBOTS[name]
@@ -347,10 +373,11 @@ def measure(sizes: Sizes, output: Path, folder: Path, name: str) -> dict:
     with MetaWorldEnv(sizes.task, cameras=(robot.camera,), image_size=IMAGE_SIZE) as simulator:
         env = RobotEnv(robot, simulator)
         for seed in range(EVALUATION_SEED_START, EVALUATION_SEED_START + sizes.scenes):
-            outcomes.append(run_episode(env, policy, seed, execute_steps=4, max_steps=MAX_STEPS)["success"])
+            acting = BlankedImages(policy) if blind else policy
+            outcomes.append(run_episode(env, acting, seed, execute_steps=4, max_steps=MAX_STEPS)["success"])
             print(f"{folder.name} on {name}: {sum(outcomes)} of {len(outcomes)}", end="\r", flush=True)
     print(f"{folder.name} on {name}: {sum(outcomes)} of {len(outcomes)}", flush=True)
-    result = {"successes": outcomes, "error": open_loop_error(policy, held_out)}
+    result = {"successes": outcomes, "error": open_loop_error(policy, held_out, blind)}
     write_json(file, result | {"seconds": round(time.perf_counter() - started)})
     return json.loads(file.read_text())
 
@@ -365,7 +392,7 @@ def trained_share(folder: Path, arm: str) -> float:
             own += parameter.numel() // domains
         else:
             common += parameter.numel()
-    trained = {"domain alone": own}.get(arm, own + common)
+    trained = {"domain alone": own, "not trained": 0}.get(arm, own + common)
     if arm == "LoRA":
         saved = load_file(folder / "adapter" / "adapter_model.safetensors")
         trained = own + sum(value.numel() for name, value in saved.items() if "lora_" in name)
@@ -383,6 +410,7 @@ def run(sizes: Sizes, output: Path, conditionings: Sequence[str], arms: Sequence
         folder = pretrain(sizes, output, conditioning)
         for name in BASE:
             measure(sizes, output, folder, name)
+            measure(sizes, output, folder, name, blind=True)
     for demonstrations in sizes.new_demonstrations:
         for arm in arms:
             folder = adapt(sizes, output, arm, demonstrations)
@@ -412,6 +440,10 @@ def read_results(output: Path) -> dict:
         found = {robot: json.loads(file.read_text()) for robot, file in found.items() if file.exists()}
         if found:
             base[name] = found
+        blind = {robot: output / f"base-{name}" / f"blind-{robot}.json" for robot in BASE}
+        blind = {robot: json.loads(file.read_text()) for robot, file in blind.items() if file.exists()}
+        if blind:
+            base[f"{name}, images blanked"] = blind
     arms = []
     for demonstrations in sorted({int(file.parent.name.split("-")[-1]) for file in output.glob("*/arm.json")}):
         for arm in ARMS:

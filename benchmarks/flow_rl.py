@@ -32,7 +32,6 @@ EXECUTE_STEPS = 8
 PPO = {
     "episodes": 64,
     "noise_level": 0.9,
-    "learning_rate": 3e-5,
     "value_learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
     "batch_size": 64,
@@ -54,7 +53,7 @@ def make_start(run: Path, output: Path) -> Path:
     return folder / "hub"
 
 
-def improve(start: Path, output: Path, seed: int, iterations: int) -> Path:
+def improve(start: Path, output: Path, seed: int, iterations: int, rules: dict) -> Path:
     """PPO from the start policy; more iterations only add to those that are there."""
     folder = output / f"seed-{seed}"
     if not (folder / "hub").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < iterations:
@@ -62,7 +61,11 @@ def improve(start: Path, output: Path, seed: int, iterations: int) -> Path:
             str(start), [f"metaworld/{TASK}"], max_steps=TIME_LIMIT, num_workers=1, envs_per_worker=16
         )
         args = FlowPPOConfig(
-            output_dir=str(folder), seed=seed, iterations=iterations, execute_steps=EXECUTE_STEPS, **PPO
+            output_dir=str(folder),
+            seed=seed,
+            iterations=iterations,
+            execute_steps=EXECUTE_STEPS,
+            **PPO | rules,
         )
         train_rl(options, args)
     return folder / "hub"
@@ -86,7 +89,8 @@ def outcomes(output: Path, name: str, limit: int) -> list[bool]:
 def results(output: Path) -> dict:
     """All that was measured: by seed and by limit, before and after, and the course of training."""
     names = sorted(path.name for path in (output / "evaluation").glob("seed-*") if (path / "results.json").exists())
-    found = {"task": TASK, "start_steps": START_STEPS, "time_limit": TIME_LIMIT, "ppo": PPO, "seeds": {}}
+    ppo = PPO | json.loads((output / "rules.json").read_text())
+    found = {"task": TASK, "start_steps": START_STEPS, "time_limit": TIME_LIMIT, "ppo": ppo, "seeds": {}}
     for limit in (TIME_LIMIT, LONG_LIMIT):
         before = outcomes(output, "start", limit)
         pooled = []
@@ -139,19 +143,24 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of a finished quickstart")
     parser.add_argument("--output", type=Path, default=Path("runs/flow-rl"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=6)
-    parser.add_argument("--episodes", type=int, default=50, help="held-out scenes")
+    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--learning-rate", type=float, default=3e-5, help="of the policy; one --output for each")
+    parser.add_argument("--target-kl", type=float, default=0.06, help="ends an update")
+    parser.add_argument("--episodes", type=int, default=100, help="held-out scenes")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only write flow_rl.json and flow_rl.md there")
     options = parser.parse_args()
     if options.report is None:
         if options.run is None:
             parser.error("give --run, or --report for the tables of what is there")
         torch.set_num_threads(1)
+        rules = {"learning_rate": options.learning_rate, "target_kl": options.target_kl}
+        options.output.mkdir(parents=True, exist_ok=True)
+        write(options.output / "rules.json", json.dumps(rules) + "\n")
         register_auto_classes()
         start = make_start(options.run, options.output)
         measure(start, options.output, "start", options.episodes)
         for seed in options.seeds:
-            hub = improve(start, options.output, seed, options.iterations)
+            hub = improve(start, options.output, seed, options.iterations, rules)
             measure(hub, options.output, f"seed-{seed}", options.episodes)
     found = results(options.output)
     print(table(found))

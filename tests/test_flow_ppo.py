@@ -572,7 +572,9 @@ def test_the_benchmark_pairs_scenes_within_both_limits(tmp_path):
         (tmp_path / "evaluation" / name / "results.json").write_text(json.dumps({"episodes": episodes}))
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text('{"episodes": 64}\n{"episodes": 63}\n')
+    (tmp_path / "rules.json").write_text('{"learning_rate": 3e-05}')
     found = flow_rl.results(tmp_path)
+    assert found["ppo"]["learning_rate"] == 3e-5
     first, second = (found["seeds"][f"seed-{seed}"]["within_96"] for seed in range(2))
     assert (first["rate_b"], first["rate_a"], first["only_a"], first["only_b"]) == (0.25, 0.75, 2, 0)
     assert (second["rate_a"], second["only_a"], second["only_b"]) == (0.5, 2, 1)
