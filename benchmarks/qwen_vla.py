@@ -8,8 +8,8 @@ RUN is a finished `wallvla quickstart`: its demonstrations are the fine-tuning d
 is another one with other tasks, whose demonstrations are used as text and actions only. A policy is a small Qwen2.5-VL
 that has learned to answer the grounding questions of both ("backbone", one for each seed), and a `dit` action expert
 from random weights. Text-to-action stages (T2A) train the expert on the frozen backbone without images; fine-tuning
-(SFT) trains everything. All arms of a seed share backbone, first weights, batches, augmentation, noise and scenes, and
-differ in what `ARMS` says.
+(SFT) trains everything. All arms of a seed share backbone, batches, augmentation, noise and scenes, and first weights
+where they have the same parameters; they differ in what `ARMS` says.
 
 Everything measured is kept: a call after ctrl-C goes on from the last checkpoint and the last episode.
 """
@@ -337,6 +337,7 @@ def train(model, processor, mixture: CoTrainingMixture, folder: Path, **options)
     checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     write_json(folder / "log.json", trainer.state.log_history)
+    write_json(folder / "machine.json", machine())
     partial = folder / ".hub.partial"
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
@@ -534,14 +535,14 @@ def run_arm(options: Options, name: str, seed: int) -> dict:
         "projection_parameters": projections,
         "log": json.loads((folder / "log.json").read_text()),
         "seconds": round(time.perf_counter() - started),
-        **machine(),
+        **json.loads((folder / "machine.json").read_text()),
     }
     write_json(folder / "result.json", result)
     return result
 
 
 def machine() -> dict:
-    """Where and when, and of which commit."""
+    """Where and when, and of which commit a policy was trained."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )
