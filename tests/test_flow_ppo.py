@@ -28,7 +28,7 @@ from wallvla.trainers import flow_ppo_trainer
 from wallvla.trainers.flow_policy import Draws, FlowActorCritic
 from wallvla.trainers.flow_ppo_config import FlowPPOConfig
 from wallvla.trainers.flow_ppo_trainer import FlowPPOTrainer
-from wallvla.trainers.parameter_groups import part_of
+from wallvla.trainers.parameter_groups import parts_of
 from wallvla.trainers.ppo import (
     allocate_episodes,
     explained_variance,
@@ -314,8 +314,9 @@ def test_only_channels_and_steps_that_were_executed_count(processor, tmp_path):
 @pytest.mark.parametrize("prediction", ["velocity", "action"])
 def test_the_ratio_is_exactly_one_before_an_update(processor, tmp_path, dtype, options, prediction, caplog):
     model = small_model(processor, prediction=prediction)
+    part_of = parts_of(model)
     for name, parameter in model.named_parameters():
-        if part_of(name) != "heads":  # as `from_pretrained(dtype=...)` leaves them
+        if part_of[name] != "heads":  # as `from_pretrained(dtype=...)` leaves them
             parameter.data = parameter.data.to(dtype)
     trainer = make_trainer(processor, tmp_path, model=model, **options)
     assert ("lose updates" in caplog.text) == (dtype == torch.bfloat16)
@@ -378,8 +379,9 @@ def test_what_is_trained_moves_and_what_is_frozen_does_not(processor, tmp_path, 
     before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
     _, trajectories = trainer.collect(0)
     trainer.update(trajectories, 0)
+    part_of = parts_of(trainer.policy.model)
     for name, parameter in trainer.policy.named_parameters():
-        part = part_of(name)
+        part = part_of.get(name.removeprefix("model."))  # the value head has none
         idle = not parameter.requires_grad
         moved = not torch.equal(before[name], parameter)
         if idle:
