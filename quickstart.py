@@ -290,7 +290,7 @@ def build_model(
     config = WallVLAConfig.tiny(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         text_loss_weight=text_loss_weight,
-        **{"action_dim": processor.action_dim, **discrete, **fields},
+        **{"action_dim": processor.action_dim, "action_horizon": processor.action_horizon, **discrete, **fields},
     )
     vlm, text = config.vlm_config, config.vlm_config.text_config
     for name in ("image", "video"):

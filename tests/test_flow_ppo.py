@@ -75,6 +75,7 @@ def processor():
         statistics=statistics,
     )
     made = build_processor(QuickstartConfig(image_size=16), robot)
+    made.action_horizon, made.action_dim = 8, 4
     made.embodiments = {ROBOT: robot}
     return made
 
