@@ -113,6 +113,14 @@ class DomainTokens(PerDomain):
         return self.rows(self.tokens, domain_ids, batch)
 
 
+class ActionExpert(nn.Module):
+    """What the three kinds have in common beside the contract at the top of this file."""
+
+    def for_sampling(self, context: PrefixContext, horizon: int) -> PrefixContext:
+        """The context with whatever every step of sampling shares. Nothing, unless a kind says otherwise."""
+        return context
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # MoT
 # --------------------------------------------------------------------------------------------------------------------
@@ -144,7 +152,7 @@ MOT_LAYERS = {
 }
 
 
-class MoTActionExpert(nn.Module):
+class MoTActionExpert(ActionExpert):
     """The action expert of Wall-OSS-0.5: a narrow transformer as deep as the VL expert, sharing its attention.
 
     With proprioception "expert" the chunk is led by one token of [state ; which channels exist] (the MoT testbed,
@@ -221,7 +229,7 @@ class MoTActionExpert(nn.Module):
             return self.action_out_proj(self.norm(hidden[:, -horizon:]).float())
 
     def for_sampling(self, context: PrefixContext, horizon: int) -> PrefixContext:
-        """The context with whatever every step of sampling shares: here room for the keys and values of a chunk."""
+        """Room for the keys and values of a chunk, which every step of sampling overwrites."""
         return context.with_room(self.sequence_length(0, horizon))
 
     def sequence_length(self, prefix: int, horizon: int) -> int:
@@ -290,7 +298,7 @@ class DomainResampler(nn.Module):
         return self.output(read.float(), domain_ids).to(observation.dtype)
 
 
-class SoftPromptActionExpert(nn.Module):
+class SoftPromptActionExpert(ActionExpert):
     """X-VLA's transformer (section 3.3, figure 10): [action tokens ; VLM states ; auxiliary views ; soft prompts].
 
     An action token is a projection of [noisy action ; state ; noise level], one projection for each domain, and so is
@@ -365,10 +373,6 @@ class SoftPromptActionExpert(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.action_decoder(hidden.float(), context.domain_ids)
 
-    def for_sampling(self, context: PrefixContext, horizon: int) -> PrefixContext:
-        """See `MoTActionExpert.for_sampling`: nothing to share."""
-        return context
-
     def sequence_length(self, prefix: int, horizon: int) -> int:
         """See `MoTActionExpert.sequence_length`."""
         seen = prefix if self.resampler is None else self.config.num_soft_prompts
@@ -429,7 +433,7 @@ class DiTLayer(GradientCheckpointingLayer):
         return hidden + gate2[:, None] * self.down_proj(F.silu(self.gate_proj(inner)) * self.up_proj(inner))
 
 
-class DiTActionExpert(nn.Module):
+class DiTActionExpert(ActionExpert):
     """Qwen-VLA's decoder (section 2.2): [VLM states ; chunk] in one sequence, its rope going on where the VLM's ended.
 
     What the paper leaves open is in `DiTExpertConfig`. With proprioception "expert" a token of the state comes first
@@ -485,10 +489,6 @@ class DiTActionExpert(nn.Module):
         hidden = modulate(hidden[:, -horizon:], shift, scale)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.action_out[1](F.silu(self.action_out[0](hidden.float(), domains)), domains)
-
-    def for_sampling(self, context: PrefixContext, horizon: int) -> PrefixContext:
-        """See `MoTActionExpert.for_sampling`: nothing to share."""
-        return context
 
     def sequence_length(self, prefix: int, horizon: int) -> int:
         """See `MoTActionExpert.sequence_length`."""

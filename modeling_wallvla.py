@@ -442,7 +442,7 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             if config.sampler == "euler":
                 actions = euler_step(actions, velocity, time, next_time)
             else:  # the predicted action, back on the path from the same noise
-                actions = interpolate(actions + (1 - time) * velocity, noise, next_time)
+                actions = interpolate(action_from_velocity(actions, velocity, time), noise, next_time)
         return torch.where(action_mask, actions, 0.0)
 
     def add_domain(self, name: str, init: str = "mean", generator: torch.Generator | None = None) -> int:
