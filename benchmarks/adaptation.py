@@ -4,11 +4,12 @@
     python benchmarks/adaptation.py --output runs/adaptation --report benchmarks/results   # tables of what is there
 
 One Meta-World task, three robots (`ROBOTS`): each has its own camera, unit and axes of its commands and state, and
-control rate. A policy is trained on the first two, once for each way to tell domains apart (`CONDITIONINGS`, figure
-2); then the third robot is added to the one with soft prompts, with few demonstrations, in the ways of `ARMS`. All
-training is `wallvla train` (`fine_tune`). Every policy meets the same scenes; success has Wilson's interval, and two
-arms are compared scene by scene. Everything measured is kept: a call after ctrl-C goes on from the last checkpoint or
-arm.
+control rate. Where its base stands is drawn for every episode (`place_of_base`) and told to nobody, so the state does
+not say where the hand is in the scene, and a policy has to look. A policy is trained on the first two, once for each
+way to tell domains apart (`CONDITIONINGS`, figure 2); then the third robot is added to the one with soft prompts, with
+few demonstrations, in the ways of `ARMS`. All training is `wallvla train` (`fine_tune`). Every policy meets the same
+scenes; success has Wilson's interval, and two arms are compared scene by scene. Everything measured is kept: a call
+after ctrl-C goes on from the last checkpoint or arm.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from wallvla.trainers.parameter_groups import DOMAIN_PARTS, parts_of
 
 HORIZON, IMAGE_SIZE, MAX_STEPS = 8, 64, 150
 CAMERA = "observation.images.front"
+PLACE_M = 0.3  # how far a base may stand from its usual place, along either horizontal axis
 HELD_OUT, HELD_OUT_SEED = 4, 90_000  # demonstrations of each robot that no policy is trained on
 
 
@@ -128,6 +130,11 @@ def write_json(path: Path, value) -> None:
 # --- robots
 
 
+def place_of_base(seed: int) -> np.ndarray:
+    """Where a robot's base stands in the scene of `seed`, as a vector (4,) of the simulator's state."""
+    return np.append(PLACE_M * np.random.default_rng([seed, 1]).uniform(-1, 1, 2), (0.0, 0.0))
+
+
 class RobotEnv:
     """Meta-World as one of the robots has it: the `Environment` of a closed loop. Steps are the simulator's."""
 
@@ -139,19 +146,22 @@ class RobotEnv:
         self.control_frequency = CONTROL_FREQUENCY / robot.hold
         self.action_low, self.action_high = (-robot.unit,) * 4, (robot.unit,) * 4
         self.cameras = ("front",)
+        self.place = np.zeros(4)
 
     success = property(lambda self: self.env.success)
     progress = property(lambda self: self.env.progress)
     steps = property(lambda self: self.env.steps)
 
     def reset_scene(self, seed: int) -> None:
-        """Starts the episode of a seed."""
+        """Starts the episode of a seed, with the base at its place."""
+        self.place = place_of_base(seed)
         self.env.reset_scene(seed)
 
     def observe(self, cameras: Sequence[str] | None = None) -> dict:
-        """The picture of the robot's camera and the state on its axes."""
+        """The picture of the robot's camera, and the state from its base on its axes."""
         seen = self.env.observe((self.robot.camera,))
-        return {"images": {"front": seen["images"][self.robot.camera]}, "state": self.robot.to_robot(seen["state"])}
+        state = self.robot.to_robot(seen["state"] - self.place)
+        return {"images": {"front": seen["images"][self.robot.camera]}, "state": state}
 
     def step(self, action: np.ndarray) -> StepResult:
         """Executes a command for `hold` steps of the simulator."""
@@ -178,7 +188,8 @@ def commands_of(robot: Robot, demonstration: Demonstration) -> tuple[np.ndarray,
     usable = len(demonstration.actions) // robot.hold * robot.hold
     actions = demonstration.actions[:usable].reshape(-1, robot.hold, 4).mean(axis=1)
     frames = demonstration.frames[robot.camera][: usable : robot.hold]
-    return frames, robot.to_robot(demonstration.states[: usable : robot.hold]), robot.to_robot(actions)
+    states = demonstration.states[: usable : robot.hold] - place_of_base(demonstration.seed)
+    return frames, robot.to_robot(states), robot.to_robot(actions)
 
 
 def record(sizes: Sizes, name: str, count: int, seed: int, root: Path) -> None:

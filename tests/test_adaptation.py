@@ -45,10 +45,13 @@ def test_commands_are_held_and_are_means():
     rng = np.random.default_rng(0)
     actions, states = rng.normal(size=(2, 7, 4))
     frames = np.arange(7)[:, None, None, None]
-    shown = Demonstration("t", "do it", 0, states, actions, {"corner3": frames}, [], (), np.zeros((7, 2)))
+    shown = Demonstration("t", "do it", 5, states, actions, {"corner3": frames}, [], (), np.zeros((7, 2)))
     seen, robot_states, commands = adaptation.commands_of(robot, shown)
     assert seen.ravel().tolist() == [0, 2, 4]
-    np.testing.assert_allclose(robot_states, robot.to_robot(states[[0, 2, 4]]))
+    place = adaptation.place_of_base(5)
+    np.testing.assert_allclose(robot_states, robot.to_robot(states[[0, 2, 4]] - place))
+    assert place.shape == (4,) and 0 < np.abs(place[:2]).max() < 0.3 and not place[2:].any()
+    assert (place != adaptation.place_of_base(6))[:2].all()
     np.testing.assert_allclose(commands, robot.to_robot((actions[[0, 2, 4]] + actions[[1, 3, 5]]) / 2))
 
 
@@ -59,6 +62,9 @@ class Simulator:
 
     def __init__(self):
         self.done = []
+
+    def reset_scene(self, seed):
+        self.seed = seed
 
     def step(self, action):
         self.done.append(action)
@@ -73,6 +79,7 @@ class Simulator:
 def test_a_command_is_executed_on_the_axes_of_the_simulator():
     robot, simulator = ROBOTS["left"], Simulator()
     env = adaptation.RobotEnv(robot, simulator)
+    env.reset_scene(5)
     command = robot.to_robot(np.array([0.1, 0.2, 0.3, -1.0]))
     env.step(command)
     np.testing.assert_allclose(simulator.done, [[0.1, 0.2, 0.3, -1.0]] * 2)
@@ -80,7 +87,9 @@ def test_a_command_is_executed_on_the_axes_of_the_simulator():
     assert env.steps == 3 and env.success  # it stops where the task is solved
     seen = env.observe(("front",))
     assert seen["images"] == {"front": "picture"}
-    np.testing.assert_allclose(seen["state"], robot.to_robot(np.array([1.0, 2.0, 3.0, 0.5])))
+    assert simulator.seed == 5
+    state = np.array([1.0, 2.0, 3.0, 0.5]) - adaptation.place_of_base(5)  # as in demonstrations of that seed
+    np.testing.assert_allclose(seen["state"], robot.to_robot(state))
 
 
 def test_tables_of_what_is_there(tmp_path, monkeypatch):
