@@ -210,8 +210,9 @@ class CoTrainingTrainer(Trainer):
         def generator(*place: int) -> torch.Generator:
             return torch.Generator().manual_seed(int(np.random.SeedSequence([*key, *place]).generate_state(1)[0]))
 
+        # From 1: a `SeedSequence` with a zero at its end is the one without it, which is that of the times
         noise = torch.stack(
-            [torch.randn(actions.shape[1:], generator=generator(first + i)) for i in range(len(actions))]
+            [torch.randn(actions.shape[1:], generator=generator(1 + first + i)) for i in range(len(actions))]
         )
         time = sample_time(total, config.time_sampler, config.time_alpha, config.time_scale, generator())
         return {"noise": noise.to(actions.device), "time": time[first : first + len(actions)].to(actions.device)}
