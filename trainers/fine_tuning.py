@@ -235,6 +235,12 @@ def resume_mixture(mixture: CoTrainingMixture, checkpoint: str | Path, draws_per
     mixture.resume(json.loads(file.read_text()), index=step * draws_per_step)
 
 
+def parse_domain(domain: str) -> tuple[str, str]:
+    """Name and start of a domain that is written "NAME:INIT" or "NAME"."""
+    name, _, start = domain.partition(":")
+    return name, start or "mean"
+
+
 def add_domain(model: WallVLAForConditionalGeneration, processor, robot: str, domain: str, seed: int) -> None:
     """Gives the model a domain and a robot to it.
 
@@ -247,9 +253,8 @@ def add_domain(model: WallVLAForConditionalGeneration, processor, robot: str, do
     Raises:
         ValueError: no such robot, a domain that is there already, or an unknown start.
     """
-    name, _, start = domain.partition(":")
     embodiment = processor.get_embodiment(robot)
-    index = model.add_domain(name, start or "mean", torch.Generator().manual_seed(seed))
+    index = model.add_domain(*parse_domain(domain), torch.Generator().manual_seed(seed))
     processor.add_embodiment(robot, replace(embodiment, domain=index))
 
 
@@ -277,6 +282,8 @@ def estimate_run(
     """What a run with these options needs: `wallvla train --estimate`. No weight is made."""
     with torch.device("meta"):
         model = WallVLAForConditionalGeneration(config)
+        if options.add_domain is not None:
+            model.add_domain(*parse_domain(options.add_domain))
         if options.adapter_rank:
             for name, parameter in model.named_parameters():
                 if not any(f"{kept}." in name for kept in model._keep_in_fp32_modules_strict):
@@ -285,7 +292,14 @@ def estimate_run(
         if args.freeze:
             freeze(model, args.freeze)
     return estimate_training(
-        config, sizes.workload(args), args.optimizer, args.bf16, args.gradient_checkpointing, model
+        model.config,
+        sizes.workload(args),
+        args.optimizer,
+        args.bf16,
+        args.gradient_checkpointing,
+        model,
+        args.muon_matrices,
+        args.ema_decay > 0,
     )
 
 
@@ -301,7 +315,7 @@ def fine_tune(options: FineTuningArguments, args: CoTrainingConfig, sizes: Estim
     model = AutoModel.from_pretrained(options.model, dtype=weight_dtype(options, args))
     mixture = prepare_mixture(options, args, processor)
     if options.add_domain is not None:
-        robot = options.add_domain.partition(":")[0] if options.mixture else mixture.action_dataset.embodiment
+        robot = parse_domain(options.add_domain)[0] if options.mixture else mixture.action_dataset.embodiment
         add_domain(model, processor, robot, options.add_domain, args.seed)
     if options.adapter_rank:
         model = adapt(model, options)
