@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from ..data.mixture import CoTrainingMixture
 from ..data.multimodal import MultimodalDataset
 from ..data.recipe import ActionEntry, build_mixture, open_entry, read_recipe
 from ..data.statistics import compute_statistics
+from ..data.unification import read_conversion
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from .adapters import EXPERTS, add_adapters, save_adapted
 from .co_training_config import CoTrainingConfig
@@ -109,21 +110,31 @@ class FineTuningArguments:
     def __post_init__(self):
         if (self.dataset is None) == (self.mixture is None):
             raise ValueError("Give either a dataset or a mixture.")
-        alone = (
+        of_dataset = (
             "embodiment",
             "embodiment_file",
             "cameras",
             "multimodal",
+            "multimodal_fraction",
             "clean",
             "convert",
-            "state_key",
-            "action_key",
         )
-        alone += ("resample", "frames_in_memory")
-        defaults = {field.name: field.default for field in fields(self)}
-        unused = [name for name in alone if self.mixture is not None and vars(self)[name] != defaults[name]]
-        if unused:
-            raise ValueError(f"Found {', '.join(unused)} beside mixture, whose YAML says this for each dataset.")
+        of_dataset += ("state_key", "action_key", "resample", "frames_in_memory")
+        of_adapters = ("adapter_alpha", "adapter_dora", "adapter_dropout", "adapter_experts", "modules_to_save")
+        rules = (
+            (self.mixture is not None, of_dataset, "beside mixture, whose YAML says this for each dataset"),
+            (self.multimodal is None, ("multimodal_fraction",), "without multimodal, the file of the questions"),
+            (not self.adapter_rank, of_adapters, "without adapter_rank, so the weights themselves would be trained"),
+        )
+        for is_broken, names, reason in rules:
+            unused = [name for name in names if is_broken and name in self._given()]
+            if unused:
+                raise ValueError(f"Found {', '.join(unused)} {reason}.")
+
+    def _given(self) -> set[str]:
+        """Names of the options that are not at their defaults."""
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        return {name for name, value in vars(self).items() if value != defaults[name]}
 
 
 def native_embodiment(dataset: LeRobotDataset, action_horizon: int) -> Embodiment:
@@ -156,14 +167,28 @@ def prepare_embodiment(options: FineTuningArguments, processor) -> str:
     name = options.embodiment
     if name is None and not options.embodiment_file and len(processor.embodiments) == 1:
         name = next(iter(processor.embodiments))
-    if name in processor.embodiments and not options.embodiment_file:
+    is_known = name in processor.embodiments
+    if options.cameras is not None and (is_known or options.embodiment_file):
+        raise ValueError(
+            f"Found cameras {options.cameras}, but {options.embodiment_file or 'the checkpoint'} says which ones the "
+            "robot has: leave the option out, or change it there."
+        )
+    if is_known and not options.embodiment_file:
         return name  # the statistics that the checkpoint was trained with stay as they are
     name = name or Path(options.embodiment_file or options.dataset).stem
     if options.embodiment_file:
         processor.add_embodiment(name, json.loads(Path(options.embodiment_file).read_text()))
     else:
+        entry = entry_of(options, name)
         dataset = LeRobotDataset(
-            options.dataset, embodiment=name, cameras=options.cameras, action_horizon=processor.action_horizon
+            options.dataset,
+            embodiment=name,
+            cameras=options.cameras,
+            action_horizon=processor.action_horizon,
+            state_key=entry.state_key,
+            action_key=entry.action_key,
+            convert=read_conversion(options.convert) if options.convert else None,
+            skip_errors=options.on_error == "skip",
         )
         processor.add_embodiment(name, native_embodiment(dataset, processor.action_horizon))
     return name
