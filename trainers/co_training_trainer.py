@@ -94,6 +94,7 @@ class CoTrainingTrainer(Trainer):
         for name in ("loss_space", "time_sampler", "text_loss_weight"):
             if vars(args)[name] is not None:
                 setattr(model.config, name, vars(args)[name])
+        model.config.validate()  # also when it is saved, which is too late
         if args.freeze:
             freeze(model, args.freeze)
         part_of = parts_of(model)
