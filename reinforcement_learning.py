@@ -1,5 +1,7 @@
 """From a checkpoint to a better one by its own episodes in simulators: `wallvla train-rl`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -33,12 +35,12 @@ class RolloutArguments:
     )
 
 
-def train_rl(options: RolloutArguments, args: FlowPPOConfig) -> Path:
-    """Trains and returns the folder of the result, `args.output_dir/hub`. Goes on from the last checkpoint there.
+@contextmanager
+def make_trainer(options: RolloutArguments, args: FlowPPOConfig) -> Iterator[FlowPPOTrainer]:
+    """A trainer of the checkpoint with its simulators, which are closed at the end.
 
     Raises:
         ValueError: options that do not fit the checkpoint or the simulators.
-        WorkerError: the simulators die again and again.
     """
     processor = AutoProcessor.from_pretrained(options.model)
     robot = processor.get_embodiment(options.embodiment)
@@ -52,4 +54,15 @@ def train_rl(options: RolloutArguments, args: FlowPPOConfig) -> Path:
     model = AutoModel.from_pretrained(options.model, dtype=torch.float32)
     logs = Path(args.output_dir) / "logs"
     with RolloutPool(spec, options.num_workers, options.envs_per_worker, logs) as rollouts:
-        return FlowPPOTrainer(model, processor, args, rollouts, options.embodiment).train()
+        yield FlowPPOTrainer(model, processor, args, rollouts, options.embodiment)
+
+
+def train_rl(options: RolloutArguments, args: FlowPPOConfig) -> Path:
+    """Trains and returns the folder of the result, `args.output_dir/hub`. Goes on from the last checkpoint there.
+
+    Raises:
+        ValueError: as `make_trainer`.
+        WorkerError: the simulators die again and again.
+    """
+    with make_trainer(options, args) as trainer:
+        return trainer.train()

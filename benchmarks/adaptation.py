@@ -87,6 +87,7 @@ ROBOTS = {
     "left": Robot("corner", (2, -1, 3), 2.0, 2, 400, "Left View"),
 }
 BASE, NEW = ("front", "right"), "left"
+AXES = ("own", "common")
 CONDITIONINGS = {"soft_prompt": "soft_prompt", "hpt": "hpt", "projections": "none", "language": "none"}
 BACKBONE = ["vision", "vlm", "action_expert", "heads"]
 LORA = {"adapter_rank": 1, "adapter_alpha": 2, "adapter_experts": ["vision", "vlm", "action_expert"]}
@@ -106,9 +107,13 @@ REFERENCE = "random"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run: task, demonstrations of a base robot and of the new one, steps, samples of a step, scenes, seed."""
+    """Of a run: task, demonstrations of a base robot and of the new one, steps, samples of a step, scenes, seed.
+
+    axes: each robot has its `"own"`, or all have the simulator's in `"common"`.
+    """
 
     task: str = "button-press-topdown-v3"
+    axes: str = "own"
     base_demonstrations: int = 40
     new_demonstrations: tuple[int, ...] = (10, 50)
     base_steps: int = 600
@@ -118,6 +123,11 @@ class Sizes:
     batch_size: int = 16
     scenes: int = 30
     seed: int = 0
+
+
+def robot_of(sizes: Sizes, name: str) -> Robot:
+    """A robot of `ROBOTS`, with the axes that it has in this run."""
+    return ROBOTS[name] if sizes.axes == "own" else replace(ROBOTS[name], axes=(1, 2, 3))
 
 
 def write_json(path: Path, value) -> None:
@@ -194,7 +204,7 @@ def commands_of(robot: Robot, demonstration: Demonstration) -> tuple[np.ndarray,
 
 def record(sizes: Sizes, name: str, count: int, seed: int, root: Path) -> None:
     """A LeRobot dataset of `count` demonstrations of a robot, from `seed` on."""
-    robot = ROBOTS[name]
+    robot = robot_of(sizes, name)
     image = {"dtype": "video", "shape": [IMAGE_SIZE, IMAGE_SIZE, 3], "names": ["height", "width", "channel"]}
     features = {key: {"dtype": "float32", "shape": [4]} for key in ("observation.state", "action")} | {CAMERA: image}
     demonstrations = record_demonstrations(
@@ -371,7 +381,7 @@ def measure(sizes: Sizes, output: Path, folder: Path, name: str, blind: bool = F
     file = folder / f"{'blind' if blind else 'result'}-{name}.json"
     if file.exists():
         return json.loads(file.read_text())
-    started, robot = time.perf_counter(), ROBOTS[name]
+    started, robot = time.perf_counter(), robot_of(sizes, name)
     policy = HubPolicy.from_pretrained(str(folder), name)
     held_out = LeRobotDataset(
         output / "data" / f"{name}-held-out",
@@ -549,7 +559,8 @@ def main() -> None:
         many = isinstance(size.default, tuple)
         kind = type(size.default[0] if many else size.default)
         flag = f"--{size.name.replace('_', '-')}"
-        parser.add_argument(flag, type=kind, default=size.default, nargs="+" if many else None)
+        choices = AXES if size.name == "axes" else None
+        parser.add_argument(flag, type=kind, choices=choices, default=size.default, nargs="+" if many else None)
     options = vars(parser.parse_args())
     sizes = {size.name: options[size.name] for size in fields(Sizes)}
     sizes = Sizes(**sizes | {"new_demonstrations": tuple(sizes["new_demonstrations"])})

@@ -40,6 +40,16 @@ def test_robots_differ_in_everything():
     assert len({robot.hold for robot in robots}) == 2
 
 
+def test_axes_can_be_common():
+    sizes = adaptation.Sizes(axes="common")
+    for name, robot in ROBOTS.items():
+        common = adaptation.robot_of(sizes, name)
+        vectors = np.arange(4.0)
+        np.testing.assert_allclose(common.to_robot(vectors), robot.unit * vectors)
+        assert adaptation.robot_of(adaptation.Sizes(), name) == robot
+        assert common.camera == robot.camera and common.hold == robot.hold
+
+
 def test_commands_are_held_and_are_means():
     robot = ROBOTS["right"]
     rng = np.random.default_rng(0)

@@ -558,14 +558,44 @@ def test_options_that_cannot_be_meant_are_refused(processor, tmp_path, capsys):
     assert "examples/train_rl.yaml" in capsys.readouterr().out
 
 
-# ---- the benchmark's tables ----
+# ---- the benchmark ----
 
 
-def test_the_benchmark_pairs_scenes_within_both_limits(tmp_path):
+@pytest.fixture(scope="module")
+def flow_rl():
     path = Path(cli.__file__).parent / "benchmarks" / "flow_rl.py"
     spec = importlib.util.spec_from_file_location("flow_rl", path)
-    flow_rl = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(flow_rl)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_signal_in_gradients_is_told_from_their_noise(flow_rl):
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(50, generator=generator)
+    found = []
+    for _ in range(400):  # of four estimates each
+        estimates = truth + 3 * torch.randn(4, 50, generator=generator)
+        signal, noise = flow_rl.signal_and_noise(estimates)
+        pairs = [float(estimates[i] @ estimates[j]) for i in range(4) for j in range(i)]
+        assert signal == pytest.approx(np.mean(pairs), rel=1e-3, abs=1e-2)
+        found.append((signal, noise))
+    assert np.mean(found, axis=0) == pytest.approx([float(truth @ truth), 9 * 50], rel=0.1)
+    rows = flow_rl.signal_table(
+        [{"stochastic_steps": "all", "noise_level": 0.8, "success": 0.5, "episodes": 192, "signal_to_noise": 0.25}]
+    )
+    assert rows.endswith("| all | 0.8 | 50% of 192 | 0.250 | 0.71 | 0.89 |")  # sqrt(1 / 2), sqrt(4 / 5)
+
+
+def test_the_benchmark_does_not_mix_rules(flow_rl, tmp_path, monkeypatch):
+    flow_rl.check_ppo(tmp_path)
+    flow_rl.check_ppo(tmp_path)
+    monkeypatch.setitem(flow_rl.PPO, "learning_rate", 1.0)
+    with pytest.raises(ValueError, match="was begun with"):
+        flow_rl.check_ppo(tmp_path)
+
+
+def test_the_benchmark_pairs_scenes_within_both_limits(flow_rl, tmp_path):
     late, fast, never = (True, 100), (True, 90), (False, 152)
     for name, scenes in {
         "start": [fast, late, never, never],
@@ -577,7 +607,7 @@ def test_the_benchmark_pairs_scenes_within_both_limits(tmp_path):
         (tmp_path / "evaluation" / name / "results.json").write_text(json.dumps({"episodes": episodes}))
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text('{"episodes": 64}\n{"episodes": 63}\n')
-    (tmp_path / "rules.json").write_text('{"learning_rate": 3e-05}')
+    (tmp_path / "ppo.json").write_text('{"learning_rate": 3e-05}')
     found = flow_rl.results(tmp_path)
     assert found["ppo"]["learning_rate"] == 3e-5
     first, second = (found["seeds"][f"seed-{seed}"]["within_96"] for seed in range(2))
