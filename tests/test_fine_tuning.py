@@ -213,6 +213,18 @@ def test_a_dataset_of_another_robot_is_refused(folder, tmp_path, capsys):  # noq
     assert "--embodiment_file" in message
 
 
+def test_a_misspelt_robot_and_a_used_folder_are_told(folder, tmp_path, caplog):  # noqa: F811
+    """Both are allowed: a new name is a new robot, and a run goes on. Neither happens without a word."""
+    arguments = ["train", "--model", folder / "hub", "--dataset", folder / "first", "--embodiment", "metaworld_swayer"]
+    arguments += ["--output_dir", tmp_path / "run", "--max_steps", "1", "--use_cpu", "--bf16", "False"]
+    arguments = list(map(str, [*arguments, "--report_to", "none"]))
+    cli.main(arguments)
+    assert "metaworld_swayer is a new robot" in caplog.text and "the checkpoint knows metaworld_sawyer" in caplog.text
+    assert "Going on" not in caplog.text
+    cli.main(arguments)
+    assert f"Going on from {tmp_path / 'run' / 'checkpoint-1'}" in caplog.text
+
+
 def test_actions_alone_and_questions_alone_are_not_biased(folder, tmp_path):  # noqa: F811
     """A micro batch without a kind of sample adds exactly nothing to that kind's loss."""
     processor = WallVLAProcessor.from_pretrained(folder / "hub")

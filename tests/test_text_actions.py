@@ -533,7 +533,7 @@ def test_mixture_of_whole_trajectories_and_chunks(written):
 
 
 def test_the_example_recipe_is_valid():
-    recipe = read_recipe(Path(__file__).parents[1] / "examples" / "train_t2a.yaml")
+    recipe = read_recipe(Path(__file__).parents[1] / "examples" / "mixture_qwen_vla_t2a.yaml")
     generated = [entry for entry in recipe.actions if "text-actions" in entry.dataset]
     assert all(entry.full_sequence for entry in recipe.actions) and all(entry.one_group for entry in generated)
     total = sum(entry.weight for entry in recipe.actions)

@@ -1,6 +1,7 @@
 """Fine-tuning a checkpoint on a LeRobot dataset: what `wallvla train` runs."""
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -37,6 +38,9 @@ from .co_training_trainer import CoTrainingTrainer
 from .distributed import DATA_STATE, last_checkpoint
 from .estimate import Estimate, EstimateArguments, estimate_training
 from .parameter_groups import freeze
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -175,6 +179,7 @@ def prepare_embodiment(options: FineTuningArguments, processor) -> str:
         )
     if is_known and not options.embodiment_file:
         return name  # the statistics that the checkpoint was trained with stay as they are
+    known = ", ".join(processor.embodiments) or "none"
     name = name or Path(options.embodiment_file or options.dataset).stem
     if options.embodiment_file:
         processor.add_embodiment(name, json.loads(Path(options.embodiment_file).read_text()))
@@ -191,6 +196,9 @@ def prepare_embodiment(options: FineTuningArguments, processor) -> str:
             skip_errors=options.on_error == "skip",
         )
         processor.add_embodiment(name, native_embodiment(dataset, processor.action_horizon))
+        logger.warning(
+            "%s is a new robot, its vectors taken as they are (native); the checkpoint knows %s.", name, known
+        )
     return name
 
 
@@ -347,6 +355,7 @@ def fine_tune(options: FineTuningArguments, args: CoTrainingConfig, sizes: Estim
     folder = Path(args.output_dir)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
+        logger.warning("Going on from %s. A new run needs another output_dir.", checkpoint)
         resume_mixture(mixture, checkpoint, args.draws_per_step)
     trainer = CoTrainingTrainer(
         model=model,
