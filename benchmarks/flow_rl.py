@@ -132,49 +132,62 @@ def outcomes(output: Path, name: str, limit: int) -> list[bool]:
     return [episode["success"] and episode["steps"] <= limit for episode in results["episodes"]]
 
 
-def results(output: Path) -> dict:
-    """All that was measured: by seed and by limit, before and after, and the course of training."""
-    names = sorted(path.name for path in (output / "evaluation").glob("seed-*") if (path / "results.json").exists())
-    ppo = json.loads((output / "ppo.json").read_text())
-    found = {"task": TASK, "start_steps": START_STEPS, "time_limit": TIME_LIMIT, "ppo": ppo, "seeds": {}}
-    if (output / "signal.json").exists():
-        found["signal"] = json.loads((output / "signal.json").read_text())
+def evaluated(output: Path) -> dict[int, list[int]]:
+    """Seeds that were evaluated, by the iterations of their training."""
+    found: dict[int, list[int]] = {}
+    for path in (output / "evaluation").glob("seed-*-after-*/results.json"):
+        _, seed, _, iterations = path.parent.name.split("-")
+        found.setdefault(int(iterations), []).append(int(seed))
+    return {iterations: sorted(found[iterations]) for iterations in sorted(found)}
+
+
+def compare(output: Path, seeds: list[int], iterations: int) -> dict:
+    """Before and after so many iterations: each seed and all of them, by limit, and the course of training."""
+    found = {seed: {} for seed in (*map(str, seeds), "all")}
     for limit in (TIME_LIMIT, LONG_LIMIT):
         before = outcomes(output, "start", limit)
         pooled = []
-        for name in names:
-            after = outcomes(output, name, limit)
+        for seed in seeds:
+            after = outcomes(output, f"seed-{seed}-after-{iterations}", limit)
             pooled += after
-            found["seeds"].setdefault(name, {})[f"within_{limit}"] = compare_paired(after, before)
-        found[f"all_within_{limit}"] = compare_paired(pooled, before * len(names)) | {
+            found[str(seed)][f"within_{limit}"] = compare_paired(after, before)
+        found["all"][f"within_{limit}"] = compare_paired(pooled, before * len(seeds)) | {
             "interval_before": wilson_interval(sum(before), len(before)),
             "interval_after": wilson_interval(sum(pooled), len(pooled)),
         }
-    for name in names:
-        lines = (output / name / "metrics.jsonl").read_text().splitlines()
-        found["seeds"][name]["training"] = [json.loads(line) for line in lines]
+    for seed in seeds:
+        lines = (output / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()[:iterations]
+        found[str(seed)]["training"] = [json.loads(line) for line in lines]
+    return found
+
+
+def results(output: Path) -> dict:
+    """All that was measured."""
+    ppo = json.loads((output / "ppo.json").read_text())
+    found = {"task": TASK, "start_steps": START_STEPS, "time_limit": TIME_LIMIT, "ppo": ppo}
+    found["after"] = {n: compare(output, seeds, n) for n, seeds in evaluated(output).items()}
+    if (output / "signal.json").exists():
+        found["signal"] = json.loads((output / "signal.json").read_text())
     return found
 
 
 def table(found: dict) -> str:
     """The results as Markdown."""
     rows = [
-        f"| seed | episodes of training | success within {TIME_LIMIT} steps, before -> after "
-        "| difference [95%, paired] "
+        f"| iterations | seed | success within {TIME_LIMIT} steps, before -> after | difference [95%, paired] "
         f"| only after / only before, McNemar p | within {LONG_LIMIT} steps, before -> after | difference [95%] |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, seed in [*found["seeds"].items(), ("all", None)]:
-        cells = [name.removeprefix("seed-")]
-        training = [seed] if seed else found["seeds"].values()
-        cells.append(str(sum(line["episodes"] for each in training for line in each["training"])))
-        for limit in (TIME_LIMIT, LONG_LIMIT):
-            test = seed[f"within_{limit}"] if seed else found[f"all_within_{limit}"]
-            cells.append(f"{test['rate_b']:.0%} -> {test['rate_a']:.0%} of {test['trials']}")
-            cells.append(f"{test['difference']:+.0%} [{test['low']:+.0%}, {test['high']:+.0%}]")
-            if limit == TIME_LIMIT:
-                cells.append(f"{test['only_a']} / {test['only_b']}, p = {test['p']:.2g}")
-        rows.append(f"| {' | '.join(cells)} |")
+    for iterations, by_seed in found["after"].items():
+        for seed, measured in by_seed.items():
+            cells = [str(iterations), seed]
+            for limit in (TIME_LIMIT, LONG_LIMIT):
+                test = measured[f"within_{limit}"]
+                cells.append(f"{test['rate_b']:.0%} -> {test['rate_a']:.0%} of {test['trials']}")
+                cells.append(f"{test['difference']:+.0%} [{test['low']:+.0%}, {test['high']:+.0%}]")
+                if limit == TIME_LIMIT:
+                    cells.append(f"{test['only_a']} / {test['only_b']}, p = {test['p']:.2g}")
+            rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + signal_table(found.get("signal", []))
 
 
@@ -247,7 +260,7 @@ def main() -> None:
         measure(start, options.output, "start", options.episodes)
         for seed in options.seeds:
             hub = improve(start, options.output, seed, options.iterations)
-            measure(hub, options.output, f"seed-{seed}", options.episodes)
+            measure(hub, options.output, f"seed-{seed}-after-{options.iterations}", options.episodes)
     found = results(options.output)
     print(table(found))
     if options.report is not None:

@@ -599,22 +599,29 @@ def test_the_benchmark_pairs_scenes_within_both_limits(flow_rl, tmp_path):
     late, fast, never = (True, 100), (True, 90), (False, 152)
     for name, scenes in {
         "start": [fast, late, never, never],
-        "seed-0": [fast, fast, fast, never],
-        "seed-1": [late, fast, fast, never],
+        "seed-0-after-2": [fast, fast, fast, never],
+        "seed-1-after-2": [late, fast, fast, never],
+        "seed-1-after-3": [fast, fast, fast, fast],
     }.items():
         episodes = [{"success": success, "steps": steps} for success, steps in scenes]
         (tmp_path / "evaluation" / name).mkdir(parents=True)
         (tmp_path / "evaluation" / name / "results.json").write_text(json.dumps({"episodes": episodes}))
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text('{"episodes": 64}\n{"episodes": 63}\n')
+    for seed in range(2):
+        (tmp_path / f"seed-{seed}").mkdir()
+        (tmp_path / f"seed-{seed}" / "metrics.jsonl").write_text(
+            '{"episodes": 64}\n{"episodes": 63}\n{"episodes": 62}'
+        )
     (tmp_path / "ppo.json").write_text('{"learning_rate": 3e-05}')
     found = flow_rl.results(tmp_path)
     assert found["ppo"]["learning_rate"] == 3e-5
-    first, second = (found["seeds"][f"seed-{seed}"]["within_96"] for seed in range(2))
+    after = found["after"][2]
+    first, second = (after[seed]["within_96"] for seed in "01")
     assert (first["rate_b"], first["rate_a"], first["only_a"], first["only_b"]) == (0.25, 0.75, 2, 0)
     assert (second["rate_a"], second["only_a"], second["only_b"]) == (0.5, 2, 1)
-    assert found["seeds"]["seed-1"]["within_152"]["difference"] == 0.25
-    assert found["all_within_96"]["trials"] == 8 and found["all_within_96"]["only_a"] == 4
+    assert after["1"]["within_152"]["difference"] == 0.25
+    assert after["all"]["within_96"]["trials"] == 8 and after["all"]["within_96"]["only_a"] == 4
+    assert [line["episodes"] for line in after["1"]["training"]] == [64, 63]
     rows = flow_rl.table(found).splitlines()
-    assert len(rows) == 2 + 3 and rows[2].startswith("| 0 | 127 | 25% -> 75% of 4 | +50% [")
-    assert rows[4].startswith("| all | 254 | 25% -> 62% of 8 |")
+    assert len(rows) == 2 + 3 + 2 and rows[2].startswith("| 2 | 0 | 25% -> 75% of 4 | +50% [")
+    assert rows[4].startswith("| 2 | all | 25% -> 62% of 8 |")
+    assert rows[5].startswith("| 3 | 1 | 25% -> 100% of 4 |")
