@@ -362,6 +362,12 @@ class SoftPromptActionExpert(ActionExpert):
         hidden = torch.cat([hidden, seen], dim=1)
         # Padding on the left must not move the prefix
         places = torch.cat([torch.ones_like(step_mask), visible], dim=1).cumsum(dim=1) - 1
+        room = self.config.max_position_embeddings
+        if places.shape[1] > room and places.max() >= room:
+            raise ValueError(
+                f"{horizon} steps and what the model sees are {places.max() + 1} tokens, and the action expert has "
+                f"positions for {room}: show fewer or smaller images, or build it with max_position_embeddings."
+            )
         hidden = hidden + self.position_embedding(places.clamp(min=0)).to(dtype)
         if self.soft_prompts is not None:
             prompts = self.soft_prompts(context.domain_ids, len(hidden)).to(dtype)

@@ -75,12 +75,22 @@ def _finish(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentPars
     parser.description = SUMMARIES[name]
     parser.epilog = f"example:\n  {EXAMPLES[name]}"
     parser.formatter_class = _HelpFormatter
+    if type(parser) is not argparse.ArgumentParser:  # of dataclasses, with 150 options: an error would drown in them
+        parser.usage = f"wallvla {name} [--config FILE] [--OPTION VALUE ...]    (--help lists the options)"
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same options; the command line wins")
     return parser
 
 
 def _read_config(parser: argparse.ArgumentParser, arguments: list[str]) -> list[str]:
-    """Makes the values of `--config FILE` the defaults of the parser. Returns the other arguments."""
+    """Makes the values of `--config FILE` the defaults of the parser. Returns the other arguments.
+
+    An option that does not exist, here or there, ends the command and is answered by the nearest one.
+    """
+    flags = [word.split("=")[0] for word in arguments if word.startswith("--")]
+    for flag in flags:
+        if not any(option.startswith(flag) for option in parser._option_string_actions):
+            nearest = difflib.get_close_matches(flag, parser._option_string_actions, n=1, cutoff=0.0)[0]
+            parser.error(f"unknown option {flag}; did you mean {nearest}? --help lists them all")
     finder = argparse.ArgumentParser(add_help=False)
     finder.add_argument("--config")
     found, rest = finder.parse_known_args(arguments)
@@ -105,6 +115,26 @@ def _read_config(parser: argparse.ArgumentParser, arguments: list[str]) -> list[
     return rest
 
 
+def _checkpoint(path: str) -> str:
+    """`path`, if it is a folder with a config.json or may be a Hub id; said before anything slow starts."""
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise argparse.ArgumentTypeError(f"{path} is no checkpoint: it has no config.json")
+    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise argparse.ArgumentTypeError(f"there is no folder {path}, and a Hub id would be OWNER/NAME")
+    return path
+
+
+def _robot_name(parser: argparse.ArgumentParser, robots: dict, name: str | None) -> str:
+    """`name`, or the only robot of a checkpoint."""
+    if name is None and len(robots) == 1:
+        return next(iter(robots))
+    if name not in robots:
+        found = "is needed" if name is None else f"{name} is unknown"
+        parser.error(f"--embodiment {found}: the checkpoint knows {', '.join(robots) or 'no robot'}")
+    return name
+
+
 def _quickstart(arguments: list[str]) -> None:
     from transformers import HfArgumentParser
 
@@ -124,6 +154,7 @@ def _train(arguments: list[str]) -> None:
     from .trainers.fine_tuning import FineTuningArguments, estimate_run, fine_tune
 
     parser = _finish(TrlParser((FineTuningArguments, CoTrainingConfig, EstimateArguments)), "train")
+    parser._option_string_actions["--model"].type = _checkpoint
     options, args, sizes = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:3]
     register_auto_classes()
     if sizes.estimate:
@@ -134,7 +165,7 @@ def _train(arguments: list[str]) -> None:
 
 def _sample(arguments: list[str]) -> None:
     parser = _finish(argparse.ArgumentParser(), "sample")
-    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument("path", type=_checkpoint, help="checkpoint folder or Hub id")
     parser.add_argument("--dataset", help="LeRobot dataset to take an observation from")
     parser.add_argument("--index", type=int, default=0, help="frame of the dataset")
     parser.add_argument("--embodiment", help="robot of the checkpoint; default: its only one")
@@ -157,15 +188,15 @@ def _sample(arguments: list[str]) -> None:
     from .data.lerobot import LeRobotDataset
 
     robots = AutoProcessor.from_pretrained(options.path).embodiments
-    name = options.embodiment or next(iter(robots))
-    if name not in robots:
-        parser.error(f"--embodiment {name}: the checkpoint knows {', '.join(robots)}")
+    name = _robot_name(parser, robots, options.embodiment)
     dataset = LeRobotDataset(
         options.dataset,
         embodiment=name,
         cameras=list(robots[name].cameras),
         action_horizon=robots[name].action_horizon,
     )
+    if not 0 <= options.index < len(dataset):
+        parser.error(f"--index {options.index}: the dataset has the frames 0 to {len(dataset) - 1}")
     print(sample_chunk(options.path, dataset[options.index], options.num_inference_steps, options.seed))
 
 
@@ -291,7 +322,7 @@ def _convert(arguments: list[str]) -> None:
 
 def _compose(arguments: list[str]) -> None:
     parser = _finish(argparse.ArgumentParser(), "compose")
-    parser.add_argument("vlm", help="pretrained VLM: a folder or a Hub id")
+    parser.add_argument("vlm", type=_checkpoint, help="pretrained VLM: a folder or a Hub id")
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--system", choices=["qwen_vla", "mot_testbed", "x_vla"], required=True)
     parser.add_argument(
@@ -330,7 +361,7 @@ def _inspect(arguments: list[str]) -> None:
 
 def _plot_domains(arguments: list[str]) -> None:
     parser = _finish(argparse.ArgumentParser(), "plot-domains")
-    parser.add_argument("path", help="checkpoint whose domains have prompts: a folder or a Hub id")
+    parser.add_argument("path", type=_checkpoint, help="checkpoint whose domains have prompts: a folder or a Hub id")
     parser.add_argument("--output", default="domains.png", help="picture to write")
     options = parser.parse_args(_read_config(parser, arguments))
     from transformers import AutoModel
@@ -412,7 +443,9 @@ def _data_clean(arguments: list[str]) -> None:
 
 def _data_bridge(arguments: list[str]) -> None:
     parser = _finish(argparse.ArgumentParser(), "data bridge")
-    parser.add_argument("checkpoint", help="checkpoint whose processor writes boxes and points: a folder or a Hub id")
+    parser.add_argument(
+        "checkpoint", type=_checkpoint, help="whose processor writes boxes and points: a folder or a Hub id"
+    )
     parser.add_argument("--env", nargs="+", help="metaworld/TASK, one or more: from the simulator's ground truth")
     parser.add_argument("--episodes", type=int, default=10, help="demonstrations of each task")
     parser.add_argument("--image-size", type=int, default=128, help="pixels of the simulator's images")
@@ -554,8 +587,13 @@ def _serve(arguments: list[str]) -> None:
     options = parser.parse_args(_read_config(parser, arguments))
     from . import register_auto_classes
     from .data.lerobot_writer import LeRobotWriter
-    from .serving.serve import serve_checkpoints
 
+    try:
+        from .serving.serve import name_and_path, serve_checkpoints
+    except ModuleNotFoundError as error:
+        parser.error(f"the server needs {error.name}: pip install 'wallvla[serve]'")
+    for item in options.path:
+        _checkpoint(name_and_path(item)[1])
     if not options.trust_remote_code:
         register_auto_classes()
     serve_checkpoints(options, LeRobotWriter)
@@ -576,14 +614,17 @@ def _evaluation_command(name: str) -> Callable[[list[str]], None]:
         }[name]
         parser = _finish(argparse.ArgumentParser(), name)
         add_options(parser)
-        run(parser.parse_args(_read_config(parser, arguments)))
+        options = parser.parse_args(_read_config(parser, arguments))
+        if name == "eval" and not options.path.startswith("policy://"):
+            _checkpoint(options.path)  # workers would take half a minute to say it in a traceback
+        run(options)
 
     return command
 
 
 def _open_loop(arguments: list[str]) -> None:
     parser = _finish(argparse.ArgumentParser(), "open-loop")
-    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument("path", type=_checkpoint, help="checkpoint folder or Hub id")
     parser.add_argument("--dataset", required=True, help="LeRobot dataset folder; take episodes it was not trained on")
     parser.add_argument("--episodes", type=int, nargs="+", required=True, help="numbers of two or more episodes")
     parser.add_argument("--embodiment", help="robot of the checkpoint; default: its only one")
@@ -604,9 +645,7 @@ def _open_loop(arguments: list[str]) -> None:
 
     register_auto_classes()
     processor = WallVLAProcessor.from_pretrained(options.path)
-    name = options.embodiment or next(iter(processor.embodiments))
-    if name not in processor.embodiments:
-        parser.error(f"--embodiment {name}: the checkpoint knows {', '.join(processor.embodiments)}")
+    name = _robot_name(parser, processor.embodiments, options.embodiment)
     robot = processor.embodiments[name]
     dataset = LeRobotDataset(
         options.dataset,
@@ -638,7 +677,7 @@ def _eval_grounding(arguments: list[str]) -> None:
     from .quickstart import DEFAULT_TASKS
 
     parser = _finish(argparse.ArgumentParser(), "eval-grounding")
-    parser.add_argument("path", help="checkpoint folder or Hub id")
+    parser.add_argument("path", type=_checkpoint, help="checkpoint folder or Hub id")
     parser.add_argument(
         "--benchmark", nargs="+", default=list(SIMULATOR), help=f"{', '.join(SIMULATOR)}, or NAME=PATH of local files"
     )
@@ -668,17 +707,16 @@ def _demo(arguments: list[str]) -> None:
     import os
 
     parser = _finish(argparse.ArgumentParser(), "demo")
-    parser.add_argument("path", help="checkpoint folder or Hub id")
-    parser.add_argument("--compare", nargs="+", default=[], help="more checkpoints, for the tab that compares")
+    parser.add_argument("path", type=_checkpoint, help="checkpoint folder or Hub id")
+    parser.add_argument(
+        "--compare", type=_checkpoint, nargs="+", default=[], help="more checkpoints, for the tab that compares"
+    )
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args(_read_config(parser, arguments))
     try:
         import gradio
     except ModuleNotFoundError:
         parser.error("the demo needs gradio: pip install 'wallvla[space]'")
-    for path in (options.path, *options.compare):
-        if path.startswith((".", "/", "~")) and not (Path(path) / "config.json").is_file():
-            parser.error(f"{path} is no checkpoint: it has no config.json")
     os.environ |= {"WALLVLA_MODEL": options.path, "WALLVLA_COMPARE": ",".join(options.compare)}
     # A file, not a package: with an __init__.py the folder `spaces` would hide the PyPI package of that name
     spec = importlib.util.spec_from_file_location("space", Path(__file__).parent / "spaces" / "grounding" / "app.py")
@@ -721,6 +759,7 @@ def _train_rl(arguments: list[str]) -> None:
     from .trainers.flow_ppo_config import FlowPPOConfig
 
     parser = _finish(HfArgumentParser((RolloutArguments, FlowPPOConfig)), "train-rl")
+    parser._option_string_actions["--model"].type = _checkpoint
     options, args = parser.parse_args_into_dataclasses(_read_config(parser, arguments))[:2]
     register_auto_classes()
     print(f"wrote {train_rl(options, args)}")
@@ -771,7 +810,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         COMMANDS[command](arguments[words:])
-    except (ValueError, OSError, WorkerError) as error:
+    except (ValueError, OSError, ImportError, argparse.ArgumentTypeError, WorkerError) as error:
         print(f"wallvla {command}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

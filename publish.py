@@ -109,7 +109,9 @@ CHECKS = {"model": _check_model, "space": _check_space, "kernel": _check_kernel,
 def _require(folder: Path, *patterns: str) -> None:
     missing = [pattern for pattern in patterns if not any(folder.glob(pattern))]
     if missing:
-        raise ValueError(f"{folder} has no {', '.join(missing)}: it is not complete, so it is not pushed.")
+        card = " README.md is its card; that of a model begins with license, library_name: transformers and "
+        card = card + "pipeline_tag: robotics, between two lines of ---." if "README.md" in missing else ""
+        raise ValueError(f"{folder} has no {', '.join(missing)}: it is not complete, so it is not pushed.{card}")
 
 
 def _card(folder: Path, kind: type[RepoCard]) -> RepoCard:

@@ -75,6 +75,15 @@ class KeyValueTap:
         return keys, values
 
 
+def check_image_tokens(is_image: Tensor, features: int) -> None:
+    """Raises ValueError unless a batch has as many image tokens (`is_image` (B, S) bool) as features for them."""
+    torch_compilable_check(
+        is_image.sum() == features,
+        f"The images have {features} tokens, and `input_ids` another number of image tokens. Pass the two as the "
+        "processor made them.",
+    )
+
+
 @dataclass(frozen=True)
 class EncodedPrefix:
     """What the layers of a VLM made of a prefix; the fields are those of `PrefixContext`."""
@@ -177,13 +186,10 @@ class Qwen25VL:
     ) -> tuple[Tensor, list[Tensor]]:
         """Puts the images on their tokens; the second is what is added after the first layers, (tokens, C) each."""
         if pixel_values is None:
+            check_image_tokens(is_image, 0)
             return hidden, []
         features, added = self.features(vlm, pixel_values.to(hidden.dtype), image_grid_thw)
-        torch_compilable_check(
-            is_image.sum() == len(features),
-            f"The images have {len(features)} tokens, and `input_ids` another number of image tokens. Pass "
-            "the two as the processor made them.",
-        )
+        check_image_tokens(is_image, len(features))
         hidden = hidden.masked_scatter(is_image[..., None], features.to(hidden.dtype))
         return hidden, [each.to(hidden.dtype) for each in added]
 
@@ -281,6 +287,7 @@ class Florence2(Qwen25VL):
             raise ValueError("Found no `pixel_values`: this VLM encodes the main view together with the language.")
         features = vlm.get_image_features(pixel_values.to(hidden.dtype)).pooler_output  # (images, tokens of one, C)
         tokens, batch = features.shape[1], len(ids)
+        check_image_tokens(is_image, len(features) * tokens)
         views = torch.zeros_like(hidden).masked_scatter(is_image[..., None], features.flatten(0, 1).to(hidden.dtype))
         hidden = torch.where(is_image[..., None], views, hidden)
         length = tokens + self.language_tokens
@@ -288,15 +295,19 @@ class Florence2(Qwen25VL):
         positions = torch.arange(ids.shape[1], device=ids.device).expand(3, batch, -1)
         return EncodedPrefix(encoded, positions[..., :length], auxiliary=views[:, length:])
 
+    def image_tokens(self, side: int) -> int:
+        """Tokens of a square image of `side` pixels: one for each place of the last stage, and their mean."""
+        vision = self.config.vision_config
+        for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
+            side = (side + 2 * padding - kernel) // stride + 1
+        return side**2 + 1
+
     def blank_image(self, device: torch.device, side: int | None = None) -> tuple[dict[str, Tensor], int]:
-        stride = math.prod(self.config.vision_config.patch_stride)
-        side = stride if side is None else side
-        # One token for each place, and their mean
-        return {"pixel_values": torch.zeros(1, 3, side, side, device=device)}, (side // stride) ** 2 + 1
+        side = math.prod(self.config.vision_config.patch_stride) if side is None else side
+        return {"pixel_values": torch.zeros(1, 3, side, side, device=device)}, self.image_tokens(side)
 
     def encoded_length(self, batch: dict[str, Tensor]) -> int:
-        _, tokens = self.blank_image(torch.device("meta"), batch["pixel_values"].shape[-1])
-        return tokens + self.language_tokens
+        return self.image_tokens(batch["pixel_values"].shape[-1]) + self.language_tokens
 
 
 # By `model_type` of the VLM

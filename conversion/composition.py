@@ -5,6 +5,8 @@ Qwen-VLA and the MoT testbed have no published weights; their papers start from 
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,19 +65,19 @@ def compose(
 
     Args:
         vlm: Hub id or folder, in the layout of its own transformers class.
-        output: folder to write; must not hold a model yet.
+        output: folder that does not exist yet. It appears when it is complete.
         system: a key of `SYSTEMS`.
         robots: JSON files of embodiments by name. More can be added in fine-tuning.
         dtype: of the weights; the heads of the action expert stay in float32.
         seed: of the action expert.
 
     Raises:
-        ValueError: a VLM that the system does not take.
-        FileExistsError: there is a model in `output`.
+        ValueError: a VLM that the system does not take or that lacks weights, or robots that do not fit.
+        FileExistsError: `output` exists.
     """
     output, chosen = Path(output), SYSTEMS[system]
-    if (output / "config.json").exists():
-        raise FileExistsError(f"There is a model in {output} already: choose another folder, or delete it first.")
+    if output.exists():
+        raise FileExistsError(f"{output} exists: choose another folder, or delete it first.")
     vlm_config = AutoConfig.from_pretrained(vlm)
     if vlm_config.model_type not in chosen.prompts:
         raise ValueError(
@@ -86,8 +88,13 @@ def compose(
     processor = build_processor(vlm, config, chosen, robots or {})
     set_seed(seed)
     model = build_model(vlm, config, len(processor.tokenizer))
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    processor.check_model(config)
+    folder = output.with_name(output.name + ".partial")
+    if folder.exists():
+        shutil.rmtree(folder)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    os.replace(folder, output)
     return config
 
 
@@ -119,13 +126,20 @@ def build_model(vlm: str, config: WallVLAConfig, vocabulary: int) -> WallVLAForC
     Args:
         vlm, config: see `compose`.
         vocabulary: tokens of the tokenizer; a smaller embedding grows to it.
+
+    Raises:
+        ValueError: a VLM that lacks weights.
     """
     family = VL_EXPERTS[config.vlm_config.model_type](config.vlm_config, config.language_tokens)
     with torch.device("meta"):
         model = WallVLAForConditionalGeneration(config)
-    model.vlm = family.adopt(
-        AutoModelForImageTextToText.from_pretrained(vlm, config=config.vlm_config, dtype=config.dtype)
+    stock, found = AutoModelForImageTextToText.from_pretrained(
+        vlm, config=config.vlm_config, dtype=config.dtype, output_loading_info=True
     )
+    missing = sorted(found["missing_keys"])
+    if missing:  # which the framework makes up at random
+        raise ValueError(f"{vlm} lacks {len(missing)} parameters of its model: {missing[:8]}. Download it again.")
+    model.vlm = family.adopt(stock)
     expert = ACTION_EXPERTS[config.action_expert.kind](config)
     for module in expert.modules():
         model._init_weights(module)

@@ -15,6 +15,7 @@ from ..configuration_wallvla import WallVLAConfig
 from ..images_wallvla import florence2_image_processor
 from ..processing_wallvla import WallVLAProcessor
 from ..prompts_wallvla import X_VLA
+from ..vl_experts_wallvla import Florence2
 from .published import Checkpoint, locate
 from .tensor_files import read_json
 from .x_vla import action_mode, mode_of, x_vla_config
@@ -231,16 +232,9 @@ def load_image_processor(folder: Path, config: WallVLAConfig) -> CLIPImageProces
     found = read_json(path) if path.exists() else {}
     known = ("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize")
     fields |= {name: found[name] for name in (*known, "resample", "image_mean", "image_std") if name in found}
-    tokens = tokens_of_view(config, fields["size"].get("height", fields["size"].get("shortest_edge")))
+    side = fields["size"].get("height", fields["size"].get("shortest_edge"))
+    tokens = Florence2(config.vlm_config).image_tokens(side)
     return CLIPImageProcessorPil.from_dict(fields | {"image_seq_length": tokens})
-
-
-def tokens_of_view(config: WallVLAConfig, side: int) -> int:
-    """Tokens of a square image: one for each place of the last stage, and their mean."""
-    vision = config.vlm_config.vision_config
-    for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
-        side = (side + 2 * padding - kernel) // stride + 1
-    return side**2 + 1
 
 
 def published_config(checkpoint: Checkpoint, steps: Steps, tokenizer: BartTokenizer) -> WallVLAConfig:

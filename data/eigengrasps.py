@@ -39,11 +39,14 @@ class Eigengrasps:
 
     @classmethod
     def fit(cls, poses: Iterable[ArrayLike], count: int = 10) -> "Eigengrasps":
-        """Components of batches of poses (N, 45), which are read once and need not fit into memory together.
+        """Components of batches of poses (N, 45), N from 0, which are read once and need not fit into memory together.
 
         The sign of a component is free; here its largest number is positive, so that equal data give equal actions.
-        Raises ValueError for fewer poses than components, other widths, or numbers that are not finite.
+        Raises ValueError for a `count` beyond 1 to 45, fewer poses than components, other widths, or numbers that are
+        not finite.
         """
+        if not 1 <= count <= HAND_POSE_DIM:
+            raise ValueError(f"Found {count} components: a hand has 1 to {HAND_POSE_DIM}.")
         shift, total = None, 0
         for batch in poses:
             batch = np.asarray(batch, dtype=np.float64)
@@ -52,8 +55,10 @@ class Eigengrasps:
                     f"Found hand poses of shape {batch.shape}. They are finite and (N, {HAND_POSE_DIM}): the "
                     f"axis-angles of MANO's 15 joints."
                 )
+            if not len(batch):
+                continue
             if shift is None:  # near the mean, so that the difference below loses no digits
-                shift = batch[:1].mean(axis=0)
+                shift = batch[0]
                 sums, products = np.zeros(HAND_POSE_DIM), np.zeros((HAND_POSE_DIM, HAND_POSE_DIM))
             centred = batch - shift
             total, sums, products = total + len(batch), sums + centred.sum(axis=0), products + centred.T @ centred

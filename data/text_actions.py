@@ -250,8 +250,8 @@ def generate(
         _write_json(folder / f"{arm}.poses.json", pose_embodiment(arm, action_horizon).to_dict())
     _write_json(folder / "report.json", {"arguments": asdict(plan), "arms": report})
     shutil.rmtree(folder / "blocks")
-    (folder / "plan.json").unlink()
     os.replace(folder, output)
+    (output / "plan.json").unlink()  # only now: it keeps a call with other arguments from going on here
     return report
 
 
@@ -313,8 +313,8 @@ def _run(pool, function: Callable, jobs: list[tuple], sizes: list[int], name: st
                 function(*job)
                 bar.update(size)
             return
-        futures = {pool.submit(function, *job): size for job, size in zip(jobs, sizes, strict=True)}
         try:
+            futures = {pool.submit(function, *job): size for job, size in zip(jobs, sizes, strict=True)}
             for future in as_completed(futures):
                 future.result()
                 bar.update(futures[future])

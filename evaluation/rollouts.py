@@ -139,6 +139,7 @@ class RolloutPool:
         self._pool = WorkerPool(spec, num_workers, log_dir)
         self._envs_per_worker = envs_per_worker
         self._reply_seconds = reply_seconds
+        self._stations: list[_Station] = []
         self.tasks: list[str] = spec["tasks"]
         self.lost = 0
 
@@ -171,8 +172,11 @@ class RolloutPool:
         Raises:
             WorkerError: more than half of the episodes had to be dropped; the message has the end of the log.
         """
+        for station in self._stations:
+            if station.busy:  # an earlier call was broken off, and the worker owes it a reply
+                self._pool.restart(self._pool.workers[station.number])
         count = len(self._pool.workers)
-        stations = [_Station(number, deque(episodes[number::count])) for number in range(count)]
+        self._stations = stations = [_Station(number, deque(episodes[number::count])) for number in range(count)]
         failures = dict.fromkeys((episode["number"] for episode in episodes), 0)
         for station in stations:
             self._dispatch(station)

@@ -55,8 +55,9 @@ class SafetyLimits:
         """Limits of a JSON file with the fields above."""
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         known = [field.name for field in fields(cls)]
-        if not isinstance(values, dict) or not set(values) <= set(known):
-            raise ValueError(f"{path} must hold an object with some of {', '.join(known)}; found {values!r}.")
+        unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else values
+        if not isinstance(values, dict) or unknown:
+            raise ValueError(f"{path} must hold an object with some of {', '.join(known)}; found {unknown!r}.")
         return cls(**values)
 
     def __post_init__(self):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from tiny import tiny_actions, tiny_batch_of, tiny_config_of, tiny_model_of
+from tiny import tiny_actions, tiny_batch, tiny_batch_of, tiny_config_of, tiny_model_of
 from transformers import AutoModelForImageTextToText, DynamicCache, Florence2Model
 
 from wallvla.action_experts_wallvla import DomainLinear, fourier_embedding
@@ -93,6 +93,34 @@ def test_florence_encodes_the_main_view_and_only_looks_at_the_others():
 
 
 # --- the contract
+
+
+@pytest.mark.parametrize(("kind", "vlm"), [("mot", "internvl"), ("soft_prompt", "florence2")])
+def test_images_and_their_tokens_are_as_many(kind, vlm):
+    """Also where the images are squares: one too many or none is an error, and no other picture in its place."""
+    model, batch = tiny_model_of(kind, vlm), tiny_batch_of(vlm, (2, 2))
+    more = batch | {"pixel_values": torch.cat([batch["pixel_values"], batch["pixel_values"][:1]])}
+    with pytest.raises(ValueError, match="another number of image tokens"):
+        model.encode_prefix(**more)
+    del batch["pixel_values"]
+    with pytest.raises(ValueError, match="another number of image tokens|Found no `pixel_values`"):
+        model.encode_prefix(**batch)
+
+
+@pytest.mark.parametrize("side", [32, 40, 56, 64])
+def test_tokens_of_a_picture_are_those_that_the_tower_makes(side):
+    model = tiny_model_of("soft_prompt", "florence2")
+    image, tokens = model.vl_expert.blank_image(torch.device("cpu"), side)
+    assert model.vlm.get_image_features(image["pixel_values"]).pooler_output.shape == (1, tokens, 64)
+
+
+def test_a_row_longer_than_the_positions_is_refused():
+    """Padding on the left has no position, so it does not count."""
+    model = tiny_model_of("soft_prompt")  # 96 positions
+    assert model.sample_actions(**tiny_batch_of("qwen2_5_vl", padding=90)).isfinite().all()
+    batch = tiny_batch(images=(1,), text=90) | {"domain_ids": torch.zeros(1, dtype=torch.long)}
+    with pytest.raises(ValueError, match="8 steps and what the model sees are 107 tokens, .* positions for 96"):
+        model.sample_actions(**batch)
 
 
 @each_pair

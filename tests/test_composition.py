@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_prompts import LINES
 from tiny import KIND_FIELDS, TINY_EXPERTS, TINY_VLMS
 from transformers import (
@@ -60,11 +61,9 @@ def stock_folder(vlm: str, folder):
     return stock
 
 
-@pytest.mark.parametrize("system, kind, vlm", CASES)
-def test_the_vlm_keeps_its_weights_and_the_whole_acts(system, kind, vlm, tmp_path, monkeypatch, capsys):
-    stock = stock_folder(vlm, tmp_path / "vlm")
+def make_small(monkeypatch, system: str, kind: str) -> None:
+    """Lets a system have a tiny action expert."""
     whole = composition.SYSTEMS[system]
-
     small = {"action_expert": TINY_EXPERTS[kind], "action_dim": 4, "state_dim": 4, "action_horizon": 8}
     if kind == "soft_prompt":
         small |= {name: KIND_FIELDS[kind][name] for name in ("loss_channel_weights", "binary_channels")}
@@ -73,6 +72,12 @@ def test_the_vlm_keeps_its_weights_and_the_whole_acts(system, kind, vlm, tmp_pat
         return whole.preset(**overrides, **small)
 
     monkeypatch.setitem(composition.SYSTEMS, system, dataclasses.replace(whole, preset=preset))
+
+
+@pytest.mark.parametrize("system, kind, vlm", CASES)
+def test_the_vlm_keeps_its_weights_and_the_whole_acts(system, kind, vlm, tmp_path, monkeypatch, capsys):
+    stock = stock_folder(vlm, tmp_path / "vlm")
+    make_small(monkeypatch, system, kind)
     (tmp_path / "robot.json").write_text(json.dumps(ROBOT))
     command = ["compose", str(tmp_path / "vlm"), str(tmp_path / "out"), "--system", system, "--dtype", "float32"]
     main([*command, "--embodiment", f"arm={tmp_path / 'robot.json'}"])
@@ -96,7 +101,38 @@ def test_the_vlm_keeps_its_weights_and_the_whole_acts(system, kind, vlm, tmp_pat
     assert processor.decode_actions(chunk[0], state, "arm").shape == (8, 4)
     with pytest.raises(SystemExit):
         main(command)
-    assert "There is a model in" in capsys.readouterr().err
+    assert "out exists: choose another folder" in capsys.readouterr().err
+
+
+def drop_tensor(file, name: str) -> None:
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_vlm_that_lacks_weights_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    """The framework would make them up at random, with a warning."""
+    stock_folder("qwen3_vl", tmp_path / "vlm")
+    make_small(monkeypatch, "qwen_vla", "dit")
+    drop_tensor(tmp_path / "vlm" / "model.safetensors", "model.language_model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(ValueError, match="lacks 1 parameters.*layers.1.mlp.up_proj.weight"):
+        composition.compose(tmp_path / "vlm", tmp_path / "out", "qwen_vla")
+    assert [path.name for path in tmp_path.iterdir()] == ["vlm"]
+
+
+def test_what_is_interrupted_is_not_there(tmp_path, monkeypatch):
+    stock_folder("qwen3_vl", tmp_path / "vlm")
+    make_small(monkeypatch, "qwen_vla", "dit")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(composition.WallVLAProcessor, "save_pretrained", interrupted)
+        composition.compose(tmp_path / "vlm", tmp_path / "out", "qwen_vla")
+    assert not (tmp_path / "out").exists()
+    composition.compose(tmp_path / "vlm", tmp_path / "out", "qwen_vla")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "vlm"]
 
 
 def test_a_vlm_that_does_not_fit_is_refused(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_train_mixture import SIZE, write_dataset
@@ -156,6 +157,12 @@ def test_two_steps_that_cannot_be(processor, tmp_path):
         adapt_in_two_steps(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), optimizer, 1, 1)
     with pytest.raises(ValueError, match="adaptation_steps is -1"):
         adapting_trainer(processor, tmp_path, adaptation_steps=-1)
+
+
+def test_a_loss_that_the_model_does_not_have_is_refused_before_the_run(processor, tmp_path):
+    """A clean-action predictor has no velocity loss; saving its config would fail, and that is hours later."""
+    with pytest.raises(StrictDataclassClassValidationError, match='use loss_space "action"'):
+        make_trainer(processor, tmp_path, model=soft_prompt_model(processor), loss_space="velocity")
 
 
 def test_a_domain_that_the_model_lacks(processor, tmp_path):

@@ -24,6 +24,21 @@ def test_components_are_those_of_the_svd():
     assert (grasps.basis[np.arange(10), np.abs(grasps.basis).argmax(axis=1)] > 0).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_episode_without_a_hand_changes_nothing():
+    poses = hand_poses()
+    grasps = Eigengrasps.fit([poses[:0], poses[:200], poses[:0], poses[200:]])
+    expected = Eigengrasps.fit([poses[:200], poses[200:]])
+    assert np.array_equal(grasps.mean, expected.mean) and np.array_equal(grasps.basis, expected.basis)
+
+
+@pytest.mark.parametrize("count", [0, 46])
+def test_there_are_as_many_components_as_asked_for(count):
+    with pytest.raises(ValueError, match=f"{count} components: a hand has 1 to 45"):
+        Eigengrasps.fit([hand_poses()], count)
+    assert len(Eigengrasps.fit([hand_poses()], 45).basis) == 45
+
+
 def test_decoded_pose_is_the_nearest_in_the_subspace():
     poses, grasps = hand_poses(), Eigengrasps.fit([hand_poses()])
     decoded = grasps.decode(grasps.encode(poses))

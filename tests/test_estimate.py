@@ -159,6 +159,45 @@ def test_a_run_with_adapters_needs_what_its_model_needs():
     assert estimate.parameters == 4 * trained + 2 * sum(p.numel() for p in frozen) + 2 * heads
 
 
+def needs(config: WallVLAConfig, **options):
+    """The estimate of a run in float32; `add_domain` is an option of the data, the others are of the training."""
+    data = FineTuningArguments(model="none", dataset="none", add_domain=options.pop("add_domain", None))
+    args = CoTrainingConfig(output_dir="none", use_cpu=True, bf16=False, **options)
+    sizes = EstimateArguments(estimate_image_size=SMALL["image_size"], estimate_text_tokens=SMALL["text_tokens"])
+    return estimate_run(config, data, args, sizes)
+
+
+@pytest.mark.parametrize("init", ["", ":mean", ":copy:second", ":random"])
+def test_a_new_domain_needs_its_rows(init):
+    model = WallVLAForConditionalGeneration(tiny_config_of("soft_prompt"))
+    before = sum(p.nbytes for p in model.parameters())
+    model.add_domain("fourth")
+    with_row = sum(p.nbytes for p in model.parameters())
+    estimate = needs(tiny_config_of("soft_prompt"), add_domain=f"fourth{init}")
+    assert estimate.parameters == estimate.gradients == with_row > before
+    with pytest.raises(ValueError, match="a domain 'second' already"):
+        needs(tiny_config_of("soft_prompt"), add_domain="second")
+
+
+def test_muon_has_the_matrices_that_the_run_gives_it():
+    """It keeps one moment of each, where AdamW keeps two."""
+    model = WallVLAForConditionalGeneration(config())
+    trained = sum(p.nbytes for p in model.parameters())
+    chosen = sum(p.nbytes for name, p in model.named_parameters() if p.ndim == 2 and "action_expert.layers." in name)
+    estimate = needs(config(), optimizer="muon", muon_matrices=r"action_expert\.layers\.")
+    assert estimate.optimizer_state == 2 * trained - chosen
+    assert estimate.optimizer_flops < needs(config(), optimizer="muon").optimizer_flops
+
+
+def test_a_weight_average_is_a_copy_of_what_is_trained():
+    model = WallVLAForConditionalGeneration(config())
+    freeze(model, ["vision"])
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    estimate = needs(config(), freeze=["vision"], ema_decay=0.99)
+    assert estimate.optimizer_state == 3 * trained
+    assert estimate.total - needs(config(), freeze=["vision"]).total == trained
+
+
 FITS = {
     "train_lora_24gb.yaml": 24e9,
     "train_full_80gb.yaml": 80e9,

@@ -16,7 +16,9 @@ from wallvla import cli
 from wallvla.modeling_wallvla import WallVLAForConditionalGeneration
 from wallvla.processing_wallvla import WallVLAProcessor
 from wallvla.trainers.adapters import add_adapters
+from wallvla.trainers.co_training_config import CoTrainingConfig
 from wallvla.trainers.co_training_trainer import CoTrainingTrainer
+from wallvla.trainers.fine_tuning import FineTuningArguments, prepare_mixture
 from wallvla.trainers.parameter_groups import PARTS, freeze, parts_of
 
 
@@ -165,6 +167,34 @@ def test_options_from_yaml(folder, tmp_path, capsys):  # noqa: F811
     assert "invalid choice: 'flow_first'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter_dora": True, "adapter_alpha": 8}, "adapter_alpha, adapter_dora without adapter_rank"),
+        ({"adapter_experts": ["vision"]}, "adapter_experts without adapter_rank"),
+        ({"multimodal_fraction": 0.3}, "multimodal_fraction without multimodal"),
+        ({"mixture": "m.yaml", "dataset": None, "multimodal_fraction": 0.3}, "multimodal_fraction beside mixture"),
+    ],
+)
+def test_options_of_no_effect_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FineTuningArguments(**{"model": "none", "dataset": "none"} | options)
+    FineTuningArguments(model="none", dataset="none", adapter_rank=2, adapter_dora=True, adapter_experts=["vision"])
+    FineTuningArguments(model="none", dataset="none", multimodal="q.parquet", multimodal_fraction=0.3)
+
+
+def test_cameras_are_those_of_a_robot_that_is_known(folder, tmp_path):  # noqa: F811
+    processor = WallVLAProcessor.from_pretrained(folder / "hub")
+    args = CoTrainingConfig(str(tmp_path / "run"), max_steps=1, use_cpu=True, bf16=False)
+    for more, where in (
+        ({"embodiment": "metaworld_sawyer"}, "the checkpoint"),
+        ({"embodiment_file": str(folder / "robot.json")}, "robot.json"),
+    ):
+        options = FineTuningArguments(model="none", dataset=str(folder / "first"), cameras=["front"], **more)
+        with pytest.raises(ValueError, match=f"cameras .'front'., but .*{where} says"):
+            prepare_mixture(options, args, processor)
+
+
 def test_a_dataset_of_another_robot_is_refused(folder, tmp_path, capsys):  # noqa: F811
     """Before training, and with what to do."""
     shutil.copytree(folder / "hub", tmp_path / "hub")
@@ -181,6 +211,18 @@ def test_a_dataset_of_another_robot_is_refused(folder, tmp_path, capsys):  # noq
     message = capsys.readouterr().err
     assert "has 4 action numbers per frame; the embodiment's action_layout has 3" in message
     assert "--embodiment_file" in message
+
+
+def test_a_misspelt_robot_and_a_used_folder_are_told(folder, tmp_path, caplog):  # noqa: F811
+    """Both are allowed: a new name is a new robot, and a run goes on. Neither happens without a word."""
+    arguments = ["train", "--model", folder / "hub", "--dataset", folder / "first", "--embodiment", "metaworld_swayer"]
+    arguments += ["--output_dir", tmp_path / "run", "--max_steps", "1", "--use_cpu", "--bf16", "False"]
+    arguments = list(map(str, [*arguments, "--report_to", "none"]))
+    cli.main(arguments)
+    assert "metaworld_swayer is a new robot" in caplog.text and "the checkpoint knows metaworld_sawyer" in caplog.text
+    assert "Going on" not in caplog.text
+    cli.main(arguments)
+    assert f"Going on from {tmp_path / 'run' / 'checkpoint-1'}" in caplog.text
 
 
 def test_actions_alone_and_questions_alone_are_not_biased(folder, tmp_path):  # noqa: F811

@@ -189,6 +189,28 @@ def test_a_robot_at_another_frequency(tmp_path, capsys):
     assert saved == processor.embodiments["robot"].statistics
 
 
+def test_a_robot_without_a_file_has_the_vectors_that_are_read(tmp_path):
+    """Of the keys that are asked for, not of the usual ones; and an episode that is damaged is left out there too."""
+    rng = np.random.default_rng(0)
+    keys = {"observation.pose": 5, "observation.state": 3, "action": 3}
+    features = {name: {"dtype": "float32", "shape": (width,)} for name, width in keys.items()}
+    with LeRobotWriter(tmp_path / "data", fps=FPS, features=features) as writer:
+        for _ in range(2):
+            for _ in range(12):
+                writer.add_frame({name: rng.normal(size=width) for name, width in keys.items()})
+            writer.save_episode("push the puck")
+    given = {"dataset": tmp_path / "data", "embodiment": "robot"}
+    processor, samples, batch = training_batch(tmp_path, **given, state_key="observation.pose", action_key="none")
+    robot = processor.embodiments["robot"]
+    assert robot.state_layout == robot.action_layout == (("native", 5),)
+    check_batch(processor, samples, batch)
+    fixture = {"dataset": FIXTURES / "lerobot_real_v3_images", "embodiment": "robot"}  # lacks files of all but one
+    with pytest.raises(FileNotFoundError, match="file-001.parquet is missing"):
+        training_batch(tmp_path, **fixture)
+    processor, samples, batch = training_batch(tmp_path, **fixture, on_error="skip")
+    check_batch(processor, samples, batch)
+
+
 def test_one_robot_in_several_datasets_of_a_mixture(tmp_path):
     """A robot without statistics gets those over all of its datasets."""
     rng = np.random.default_rng(0)

@@ -262,6 +262,36 @@ def test_unknown_command_names_the_known_ones():
         cli.main(["trian"])
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --model ./nowhere --dataset data", "there is no folder ./nowhere, and a Hub id would be OWNER/NAME"),
+        ("train --model {folder} --dataset data", "{folder} is no checkpoint: it has no config.json"),
+        ("train --model A/B --lerning_rate 1", "unknown option --lerning_rate; did you mean --learning_rate?"),
+        ("train-rl --model runs/quickstart/hub", "there is no folder runs/quickstart/hub"),
+        ("eval nowhere --env metaworld/button-press-topdown-v3", "there is no folder nowhere"),
+        ("eval A/B --env metaworld/mt10 --epsiodes=3", "unknown option --epsiodes; did you mean --episodes?"),
+        ("serve right=nowhere", "there is no folder nowhere"),
+        ("sample {folder} --dataset data", "{folder} is no checkpoint"),
+    ],
+)
+def test_mistakes_are_answered_before_anything_starts(command, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        cli.main(command.format(folder=tmp_path).split())
+    error = capsys.readouterr().err
+    assert message.format(folder=tmp_path) in error
+    assert len(error.splitlines()) < 20, "usage of a hundred options hides the message"
+
+
+def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
+    for module in ("msgpack", "wallvla.serving.wire", "wallvla.serving.recording", "wallvla.serving.serve"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    with pytest.raises(SystemExit, match="^2$"):
+        cli.main(["serve", str(tmp_path)])
+    assert "the server needs msgpack: pip install 'wallvla[serve]'" in capsys.readouterr().err
+
+
 # The installed package
 
 

@@ -117,7 +117,7 @@ def test_unknown_commands_and_options(capsys, tmp_path):
     config = tmp_path / "options.yaml"
     config.write_text("episode: 3\n")
     assert "option episode; did you mean episodes?" in fails(capsys, "eval", "--config", str(config))
-    assert "Unknown environment" in fails(capsys, "eval", "somewhere", "--env", "libero/1")
+    assert "Unknown environment" in fails(capsys, "eval", "A/B", "--env", "libero/1")
     assert "nowhere" in fails(capsys, "stats", str(tmp_path / "nowhere"))
 
 

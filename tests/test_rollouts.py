@@ -136,6 +136,23 @@ def test_an_episode_that_kills_its_worker_is_dropped(monkeypatch):
         )
 
 
+def test_a_call_that_was_broken_off_does_not_reach_the_next_one():
+    """Its workers owe replies, which would be taken for those of other episodes."""
+    with RolloutPool(rollout_spec([LINE], [], max_steps=3), 2, 3) as pool:
+        broken_off = pool.play(plan(12), seek)
+        next(broken_off)
+        assert play(pool, plan(7)) == expected(plan(7), "success", 3)
+        broken_off.close()
+
+        def interrupted(requests):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            play(pool, plan(4), interrupted)
+        assert play(pool, plan(5)) == expected(plan(5), "success", 3)
+        assert pool.lost == 0
+
+
 def test_a_worker_that_hangs_is_replaced(monkeypatch):
     monkeypatch.setenv("TOY_HANGS_AT", "102")
     with RolloutPool(rollout_spec([LINE], []), 1, 1, reply_seconds=3.0) as pool:

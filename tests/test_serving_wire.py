@@ -442,7 +442,7 @@ def test_limits_are_checked(tmp_path):
         SafetyLimits(low=[0, 0, 0]).check_width(2)
     path = tmp_path / "limits.json"
     path.write_text('{"low": [0], "hgih": [1]}')
-    with pytest.raises(ValueError, match="must hold an object with some of low, high"):
+    with pytest.raises(ValueError, match=r"must hold an object with some of low, high.*; found \['hgih'\]"):
         SafetyLimits.from_file(path)
     path.write_text('{"low": [0], "high": [1]}')
     assert SafetyLimits.from_file(path) == SafetyLimits(low=(0.0,), high=(1.0,))

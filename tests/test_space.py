@@ -186,7 +186,7 @@ def test_demo_command(tmp_path, monkeypatch, capsys):
     assert [name.rsplit("/")[-1] for name in sys.modules["space"].MODELS] == ["policy"]
     with pytest.raises(SystemExit):
         cli.main(["demo", str(tmp_path / "nowhere")])
-    assert "nowhere is no checkpoint" in capsys.readouterr().err
+    assert "nowhere, and a Hub id would be OWNER/NAME" in capsys.readouterr().err
 
 
 # Over HTTP

@@ -417,6 +417,35 @@ def test_killed_and_resumed_is_not_killed(written, tmp_path):
         text_actions.generate(output, **again)
 
 
+def test_killed_at_the_end_and_called_otherwise(tmp_path):
+    """What is complete but for its name is of its arguments too."""
+    output, arguments = tmp_path / "out", {"trajectories": 2, "arms": ("ur5",), "progress": False}
+    with pytest.MonkeyPatch.context() as patch:
+        replace = os.replace
+
+        def interrupted(source, target):
+            if Path(target) == output:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        patch.setattr(text_actions.os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            text_actions.generate(output, seed=1, **arguments)
+    with pytest.raises(ValueError, match="holds an interrupted run with other arguments"):
+        text_actions.generate(output, seed=2, **arguments)
+    text_actions.generate(output, seed=1, **arguments)
+    assert sorted(path.name for path in output.iterdir()) == ["report.json", "ur5", "ur5.poses.json"]
+
+
+def test_a_worker_that_dies_while_jobs_are_handed_out_is_named():
+    class Broken:
+        def submit(self, function, *job):
+            raise text_actions.BrokenProcessPool
+
+    with pytest.raises(ChildProcessError, match="The same call goes on"):
+        text_actions._run(Broken(), print, [()], [1], "planning", progress=False)
+
+
 def test_bad_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="workers=0"):
         text_actions.generate(tmp_path / "x", trajectories=1, workers=0)
@@ -504,7 +533,7 @@ def test_mixture_of_whole_trajectories_and_chunks(written):
 
 
 def test_the_example_recipe_is_valid():
-    recipe = read_recipe(Path(__file__).parents[1] / "examples" / "train_t2a.yaml")
+    recipe = read_recipe(Path(__file__).parents[1] / "examples" / "mixture_qwen_vla_t2a.yaml")
     generated = [entry for entry in recipe.actions if "text-actions" in entry.dataset]
     assert all(entry.full_sequence for entry in recipe.actions) and all(entry.one_group for entry in generated)
     total = sum(entry.weight for entry in recipe.actions)

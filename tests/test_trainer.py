@@ -203,6 +203,18 @@ def test_flow_draws_differ_by_step_and_micro_batch(processor, tmp_path):
     assert not torch.equal(trainer._draw_flow(actions)["noise"], first["noise"])
 
 
+def test_flow_times_say_nothing_about_the_noise(processor, tmp_path):
+    """Both of one stream, the time of a step's first sample would give away how large two of its noise values are."""
+    trainer = make_trainer(processor, tmp_path, per_device_train_batch_size=1)
+    trainer.model.train()
+    rows = []
+    for step in range(300):
+        trainer.state.global_step = step
+        draws = trainer._draw_flow(torch.zeros(1, 8, 4))
+        rows.append(torch.cat([draws["time"], draws["noise"].flatten().square()]))
+    assert torch.corrcoef(torch.stack(rows).T)[0, 1:].abs().max() < 0.3
+
+
 def test_the_two_token_losses_are_told_apart(processor, tmp_path):
     trainer = make_trainer(processor, tmp_path)
     trainer.model = tiny_model()

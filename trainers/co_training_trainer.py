@@ -94,6 +94,7 @@ class CoTrainingTrainer(Trainer):
         for name in ("loss_space", "time_sampler", "text_loss_weight"):
             if vars(args)[name] is not None:
                 setattr(model.config, name, vars(args)[name])
+        model.config.validate()  # also when it is saved, which is too late
         if args.freeze:
             freeze(model, args.freeze)
         part_of = parts_of(model)
@@ -210,8 +211,9 @@ class CoTrainingTrainer(Trainer):
         def generator(*place: int) -> torch.Generator:
             return torch.Generator().manual_seed(int(np.random.SeedSequence([*key, *place]).generate_state(1)[0]))
 
+        # From 1: a `SeedSequence` with a zero at its end is the one without it, which is that of the times
         noise = torch.stack(
-            [torch.randn(actions.shape[1:], generator=generator(first + i)) for i in range(len(actions))]
+            [torch.randn(actions.shape[1:], generator=generator(1 + first + i)) for i in range(len(actions))]
         )
         time = sample_time(total, config.time_sampler, config.time_alpha, config.time_scale, generator())
         return {"noise": noise.to(actions.device), "time": time[first : first + len(actions)].to(actions.device)}

@@ -19,7 +19,15 @@ from ..configuration_wallvla import WallVLAConfig
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from ..vl_experts_wallvla import VL_EXPERTS
 from .co_training_config import CoTrainingConfig
-from .muon import BUCKET_SIZE, count_parts, is_muon_parameter, logical_matrices, newton_schulz_flops, plan_buckets
+from .muon import (
+    BUCKET_SIZE,
+    MATRICES,
+    count_parts,
+    is_muon_parameter,
+    logical_matrices,
+    newton_schulz_flops,
+    plan_buckets,
+)
 
 
 GIB = 2**30
@@ -75,7 +83,8 @@ class EstimateArguments:
 class Estimate:
     """Bytes on the fullest rank, and operations of a step.
 
-    parameters, gradients, optimizer_state: float32 shards, frozen parameters in their own dtype.
+    parameters, gradients, optimizer_state: float32 shards, frozen parameters in their own dtype; a moving average of
+        the weights counts as state.
     optimizer_buffers: Muon's buckets on their way, while activations are gone.
     working_weights: bfloat16 copies, of everything in one process, of two layers at a time where sharded.
     activations: what the backward pass needs.
@@ -247,10 +256,10 @@ def shard(shape: torch.Size, ranks: int) -> int:
 
 
 def optimizer_needs(
-    trained: list[tuple[str, nn.Parameter]], optimizer: str, bf16: bool, ranks: int
+    trained: list[tuple[str, nn.Parameter]], optimizer: str, muon_matrices: str, bf16: bool, ranks: int
 ) -> tuple[int, int, int]:
     """Bytes of state and of buffers, and FLOPs of one step of the busiest rank; arguments of `estimate_training`."""
-    chosen = [(n, p) for n, p in trained if optimizer != "adamw" and is_muon_parameter(n, p)]
+    chosen = [(n, p) for n, p in trained if optimizer != "adamw" and is_muon_parameter(n, p, muon_matrices)]
     state = 8 * sum(shard(p.shape, ranks) for _, p in trained) - 4 * sum(shard(p.shape, ranks) for _, p in chosen)
     if not chosen:
         return state, 0, 0
@@ -272,6 +281,8 @@ def estimate_training(
     bf16: bool = True,
     gradient_checkpointing: bool = True,
     model: nn.Module | None = None,
+    muon_matrices: str = MATRICES,
+    has_average: bool = False,
 ) -> Estimate:
     """What a training run needs on each device.
 
@@ -283,6 +294,8 @@ def estimate_training(
         gradient_checkpointing: keep the inputs of layers and compute the rest again.
         model: on the meta device, where it is not all trained or not all float32 (adapters, frozen parts); default:
             all of `config`.
+        muon_matrices: as in [`CoTrainingConfig`].
+        has_average: keep a moving average of the trained weights.
     """
     with torch.device("meta"):
         whole = WallVLAForConditionalGeneration(config)
@@ -291,7 +304,8 @@ def estimate_training(
     trained = [(name, p) for name, p in named if p.requires_grad]
     parameters = sum(shard(p.shape, ranks) * p.element_size() for _, p in named)
     gradients = sum(shard(p.shape, ranks) * 4 for _, p in trained)
-    state, buffers, optimizer_flops = optimizer_needs(trained, optimizer, bf16, ranks)
+    state, buffers, optimizer_flops = optimizer_needs(trained, optimizer, muon_matrices, bf16, ranks)
+    state += has_average * 4 * sum(p.numel() for _, p in trained)
     small = one_layer_of_each(config)
     times = repeated_layers(small, whole)
     lists = sorted({path.rpartition(".")[0] for path in times})

@@ -1,9 +1,10 @@
 """Fine-tuning a checkpoint on a LeRobot dataset: what `wallvla train` runs."""
 
 import json
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from ..data.mixture import CoTrainingMixture
 from ..data.multimodal import MultimodalDataset
 from ..data.recipe import ActionEntry, build_mixture, open_entry, read_recipe
 from ..data.statistics import compute_statistics
+from ..data.unification import read_conversion
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from .adapters import EXPERTS, add_adapters, save_adapted
 from .co_training_config import CoTrainingConfig
@@ -36,6 +38,9 @@ from .co_training_trainer import CoTrainingTrainer
 from .distributed import DATA_STATE, last_checkpoint
 from .estimate import Estimate, EstimateArguments, estimate_training
 from .parameter_groups import freeze
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -109,21 +114,31 @@ class FineTuningArguments:
     def __post_init__(self):
         if (self.dataset is None) == (self.mixture is None):
             raise ValueError("Give either a dataset or a mixture.")
-        alone = (
+        of_dataset = (
             "embodiment",
             "embodiment_file",
             "cameras",
             "multimodal",
+            "multimodal_fraction",
             "clean",
             "convert",
-            "state_key",
-            "action_key",
         )
-        alone += ("resample", "frames_in_memory")
-        defaults = {field.name: field.default for field in fields(self)}
-        unused = [name for name in alone if self.mixture is not None and vars(self)[name] != defaults[name]]
-        if unused:
-            raise ValueError(f"Found {', '.join(unused)} beside mixture, whose YAML says this for each dataset.")
+        of_dataset += ("state_key", "action_key", "resample", "frames_in_memory")
+        of_adapters = ("adapter_alpha", "adapter_dora", "adapter_dropout", "adapter_experts", "modules_to_save")
+        rules = (
+            (self.mixture is not None, of_dataset, "beside mixture, whose YAML says this for each dataset"),
+            (self.multimodal is None, ("multimodal_fraction",), "without multimodal, the file of the questions"),
+            (not self.adapter_rank, of_adapters, "without adapter_rank, so the weights themselves would be trained"),
+        )
+        for is_broken, names, reason in rules:
+            unused = [name for name in names if is_broken and name in self._given()]
+            if unused:
+                raise ValueError(f"Found {', '.join(unused)} {reason}.")
+
+    def _given(self) -> set[str]:
+        """Names of the options that are not at their defaults."""
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        return {name for name, value in vars(self).items() if value != defaults[name]}
 
 
 def native_embodiment(dataset: LeRobotDataset, action_horizon: int) -> Embodiment:
@@ -156,16 +171,34 @@ def prepare_embodiment(options: FineTuningArguments, processor) -> str:
     name = options.embodiment
     if name is None and not options.embodiment_file and len(processor.embodiments) == 1:
         name = next(iter(processor.embodiments))
-    if name in processor.embodiments and not options.embodiment_file:
+    is_known = name in processor.embodiments
+    if options.cameras is not None and (is_known or options.embodiment_file):
+        raise ValueError(
+            f"Found cameras {options.cameras}, but {options.embodiment_file or 'the checkpoint'} says which ones the "
+            "robot has: leave the option out, or change it there."
+        )
+    if is_known and not options.embodiment_file:
         return name  # the statistics that the checkpoint was trained with stay as they are
+    known = ", ".join(processor.embodiments) or "none"
     name = name or Path(options.embodiment_file or options.dataset).stem
     if options.embodiment_file:
         processor.add_embodiment(name, json.loads(Path(options.embodiment_file).read_text()))
     else:
+        entry = entry_of(options, name)
         dataset = LeRobotDataset(
-            options.dataset, embodiment=name, cameras=options.cameras, action_horizon=processor.action_horizon
+            options.dataset,
+            embodiment=name,
+            cameras=options.cameras,
+            action_horizon=processor.action_horizon,
+            state_key=entry.state_key,
+            action_key=entry.action_key,
+            convert=read_conversion(options.convert) if options.convert else None,
+            skip_errors=options.on_error == "skip",
         )
         processor.add_embodiment(name, native_embodiment(dataset, processor.action_horizon))
+        logger.warning(
+            "%s is a new robot, its vectors taken as they are (native); the checkpoint knows %s.", name, known
+        )
     return name
 
 
@@ -235,6 +268,12 @@ def resume_mixture(mixture: CoTrainingMixture, checkpoint: str | Path, draws_per
     mixture.resume(json.loads(file.read_text()), index=step * draws_per_step)
 
 
+def parse_domain(domain: str) -> tuple[str, str]:
+    """Name and start of a domain that is written "NAME:INIT" or "NAME"."""
+    name, _, start = domain.partition(":")
+    return name, start or "mean"
+
+
 def add_domain(model: WallVLAForConditionalGeneration, processor, robot: str, domain: str, seed: int) -> None:
     """Gives the model a domain and a robot to it.
 
@@ -247,9 +286,8 @@ def add_domain(model: WallVLAForConditionalGeneration, processor, robot: str, do
     Raises:
         ValueError: no such robot, a domain that is there already, or an unknown start.
     """
-    name, _, start = domain.partition(":")
     embodiment = processor.get_embodiment(robot)
-    index = model.add_domain(name, start or "mean", torch.Generator().manual_seed(seed))
+    index = model.add_domain(*parse_domain(domain), torch.Generator().manual_seed(seed))
     processor.add_embodiment(robot, replace(embodiment, domain=index))
 
 
@@ -277,6 +315,8 @@ def estimate_run(
     """What a run with these options needs: `wallvla train --estimate`. No weight is made."""
     with torch.device("meta"):
         model = WallVLAForConditionalGeneration(config)
+        if options.add_domain is not None:
+            model.add_domain(*parse_domain(options.add_domain))
         if options.adapter_rank:
             for name, parameter in model.named_parameters():
                 if not any(f"{kept}." in name for kept in model._keep_in_fp32_modules_strict):
@@ -285,7 +325,14 @@ def estimate_run(
         if args.freeze:
             freeze(model, args.freeze)
     return estimate_training(
-        config, sizes.workload(args), args.optimizer, args.bf16, args.gradient_checkpointing, model
+        model.config,
+        sizes.workload(args),
+        args.optimizer,
+        args.bf16,
+        args.gradient_checkpointing,
+        model,
+        args.muon_matrices,
+        args.ema_decay > 0,
     )
 
 
@@ -301,13 +348,14 @@ def fine_tune(options: FineTuningArguments, args: CoTrainingConfig, sizes: Estim
     model = AutoModel.from_pretrained(options.model, dtype=weight_dtype(options, args))
     mixture = prepare_mixture(options, args, processor)
     if options.add_domain is not None:
-        robot = options.add_domain.partition(":")[0] if options.mixture else mixture.action_dataset.embodiment
+        robot = parse_domain(options.add_domain)[0] if options.mixture else mixture.action_dataset.embodiment
         add_domain(model, processor, robot, options.add_domain, args.seed)
     if options.adapter_rank:
         model = adapt(model, options)
     folder = Path(args.output_dir)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
+        logger.warning("Going on from %s. A new run needs another output_dir.", checkpoint)
         resume_mixture(mixture, checkpoint, args.draws_per_step)
     trainer = CoTrainingTrainer(
         model=model,
