@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_actions, tiny_batch_of, tiny_model_of
+from tiny import TINY_EXPERTS, tiny_actions, tiny_batch_of, tiny_model_of
 from torch.distributions import Normal
 from transformers import AutoModel, AutoProcessor
 
@@ -29,7 +29,7 @@ from wallvla.trainers import flow_ppo_trainer
 from wallvla.trainers.flow_policy import Draws, FlowActorCritic
 from wallvla.trainers.flow_ppo_config import FlowPPOConfig
 from wallvla.trainers.flow_ppo_trainer import FlowPPOTrainer
-from wallvla.trainers.parameter_groups import parts_of
+from wallvla.trainers.parameter_groups import DOMAIN_PARTS, parts_of
 from wallvla.trainers.ppo import (
     allocate_episodes,
     explained_variance,
@@ -393,6 +393,20 @@ def test_what_is_trained_moves_and_what_is_frozen_does_not(processor, tmp_path, 
     vlm = [n for n, p in trainer.policy.named_parameters() if ".layers.0." in n and "language_model" in n]
     moved = [not torch.equal(before[n], dict(trainer.policy.named_parameters())[n]) for n in vlm]
     assert all(moved) if "vlm" not in frozen else not any(moved)
+
+
+def test_domains_of_other_robots_stay_as_they_are(processor, tmp_path):
+    """To the bit and in spite of weight decay; the robot is of the first of three domains."""
+    expert, domains = TINY_EXPERTS["soft_prompt"] | {"dropout": 0.0}, ["first", "second", "third"]
+    model = build_model(processor, action_expert=expert, prediction="action", domains=domains)
+    trainer = make_trainer(processor, tmp_path, model=model, weight_decay=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.update(trainer.collect(0)[1], 0)
+    part_of = parts_of(model)
+    tables = {name: p for name, p in model.named_parameters() if part_of[name] in DOMAIN_PARTS}
+    assert any(p.ndim > 1 and not torch.equal(p[0], before[name][0]) for name, p in tables.items())
+    for name, table in tables.items():
+        assert torch.equal(table[1:], before[name][1:]), name
 
 
 def test_an_update_ends_at_the_divergence_it_may_reach(processor, tmp_path):

@@ -49,7 +49,9 @@ class FlowPPOConfig:
     )
     adam_beta1: float = field(default=0.9, metadata={"help": "First moment of AdamW."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second moment of AdamW."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Of the policy's matrices; the value head has none."})
+    weight_decay: float = field(
+        default=0.01, metadata={"help": "Of the policy's matrices; tables of domains and the value head have none."}
+    )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Of the policy and of the value head, each apart."})
     batch_size: int = field(default=64, metadata={"help": "Chunks of one forward and backward pass."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of one optimizer step."})

@@ -22,7 +22,7 @@ from ..modeling_wallvla import PrefixContext, WallVLAForConditionalGeneration
 from .distributed import discard_unfinished, last_checkpoint, unfinished_marker
 from .flow_policy import Draws, FlowActorCritic, Transitions
 from .flow_ppo_config import FlowPPOConfig
-from .parameter_groups import freeze
+from .parameter_groups import freeze, split_by_part
 from .ppo import (
     allocate_episodes,
     explained_variance,
@@ -135,14 +135,16 @@ class FlowPPOTrainer:
         actor = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if any(parameter.dtype != torch.float32 for parameter in actor):
             logger.warning("Weights below float32 lose updates as small as these: load float32 and set bf16.")
-        critic = {"params": list(self.policy.value_head.parameters()), "lr": args.value_learning_rate}
         matrices = {"params": [p for p in actor if p.ndim > 1], "weight_decay": args.weight_decay}
         self.optimizer = torch.optim.AdamW(
-            [matrices, {"params": [p for p in actor if p.ndim <= 1]}, critic],
+            [matrices, {"params": [p for p in actor if p.ndim <= 1]}],
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=0.0,
         )
+        split_by_part(self.optimizer, model, {})  # tables of domains do not decay
+        critic = {"params": list(self.policy.value_head.parameters()), "lr": args.value_learning_rate}
+        self.optimizer.add_param_group(critic)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.iteration = 0
         self.outcomes = dict.fromkeys(rollouts.tasks, (0.0, 0.0))  # decayed successes and episodes
