@@ -438,6 +438,20 @@ def test_accumulated_batches_are_one_step(processor, tmp_path):
     torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
 
 
+def test_no_two_draws_of_an_iteration_come_from_one_stream(processor, tmp_path, monkeypatch):
+    """A scene, the noise of a chunk and an order say nothing about each other, in the first iteration and later."""
+    trainer, seeds, seed_of = make_trainer(processor, tmp_path), [], FlowPPOTrainer._seed
+
+    def recorded(self, *key):
+        seeds.append(seed_of(self, *key))
+        return seeds[-1]
+
+    monkeypatch.setattr(FlowPPOTrainer, "_seed", recorded)
+    for iteration in range(2):
+        trainer.update(trainer.collect(iteration)[1], iteration)
+    assert len(seeds) > 2 * (6 + 6 * 2 + 1) and len(set(seeds)) == len(seeds)
+
+
 class Interrupted(Local):
     """Ctrl-C in the middle of the rollout of an iteration."""
 

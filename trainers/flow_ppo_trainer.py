@@ -35,6 +35,8 @@ from .ppo import (
 
 # Scenes of rollouts: above those of the quickstart's demonstrations, below those of evaluations
 SCENE_SEEDS = (200_000, 1_000_000)
+# What a random number is for: first in the key, because a `SeedSequence` ignores zeros at the end
+_SCENE, _CHUNK, _MINIBATCHES, _EPOCH = range(1, 5)
 OUTCOME_DECAY = 0.5  # of a task's counted outcomes, at each iteration
 TRAINER_STATE, OPTIMIZER, VALUE_HEAD = "trainer_state.json", "optimizer.pt", "value_head.safetensors"
 
@@ -150,8 +152,8 @@ class FlowPPOTrainer:
         self.outcomes = dict.fromkeys(rollouts.tasks, (0.0, 0.0))  # decayed successes and episodes
         self._chunks: dict[int, list[Chunk]] = {}  # number of an episode -> its chunks so far
 
-    def _seed(self, *key: int) -> int:
-        return int(np.random.SeedSequence([self.args.seed, *key]).generate_state(1)[0])
+    def _seed(self, purpose: int, *key: int) -> int:
+        return int(np.random.SeedSequence([self.args.seed, purpose, *key]).generate_state(1)[0])
 
     # --- rollout
 
@@ -161,7 +163,7 @@ class FlowPPOTrainer:
         tasks = [task for turn in range(max(counts.values())) for task in counts if counts[task] > turn]
         low, high = SCENE_SEEDS
         return [
-            {"number": number, "task": task, "seed": low + self._seed(iteration, number) % (high - low)}
+            {"number": number, "task": task, "seed": low + self._seed(_SCENE, iteration, number) % (high - low)}
             for number, task in enumerate(tasks)
         ]
 
@@ -180,7 +182,7 @@ class FlowPPOTrainer:
                 (config.action_horizon, config.action_dim),
                 self.policy.num_steps,
                 args.stochastic_steps,
-                self._seed(iteration, request["number"], request["chunk"]),
+                self._seed(_CHUNK, iteration, request["number"], request["chunk"]),
             )
             for request in requests
         ]
@@ -256,7 +258,7 @@ class FlowPPOTrainer:
         """
         args = self.args
         chunks = [chunk for trajectory in trajectories for chunk in trajectory]
-        order = np.random.default_rng(self._seed(iteration)).permutation(len(chunks)).tolist()
+        order = np.random.default_rng(self._seed(_MINIBATCHES, iteration)).permutation(len(chunks)).tolist()
         batches = [
             self.score([chunks[row] for row in order[start : start + args.batch_size]])
             for start in range(0, len(order), args.batch_size)
@@ -278,7 +280,7 @@ class FlowPPOTrainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
         for epoch in range(args.epochs):
-            order = np.random.default_rng(self._seed(iteration, epoch)).permutation(len(batches)).tolist()
+            order = np.random.default_rng(self._seed(_EPOCH, iteration, epoch)).permutation(len(batches)).tolist()
             steps: list[dict[str, float]] = []
             for start in range(0, len(order), args.gradient_accumulation_steps):
                 members = [batches[row] for row in order[start : start + args.gradient_accumulation_steps]]
