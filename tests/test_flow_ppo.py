@@ -502,6 +502,13 @@ def test_a_resumed_run_is_one_that_was_not_stopped(processor, tmp_path):
     assert torch.equal(model.action_expert.action_out_proj.weight, weights["action_expert.action_out_proj.weight"])
 
 
+def test_what_is_saved_samples_in_the_steps_of_training(processor, tmp_path):
+    trainer = make_trainer(processor, tmp_path, num_inference_steps=3)
+    trainer.save(tmp_path / "checkpoint-1")
+    for folder in (tmp_path / "checkpoint-1", trainer._save_repository(tmp_path / "hub")):
+        assert json.loads((folder / "config.json").read_text())["num_inference_steps"] == 3
+
+
 def test_a_checkpoint_is_whole_or_absent(processor, tmp_path, monkeypatch):
     trainer = make_trainer(processor, tmp_path, iterations=3)
 

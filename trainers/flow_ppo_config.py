@@ -23,7 +23,9 @@ class FlowPPOConfig:
         },
     )
 
-    num_inference_steps: int | None = field(default=None, metadata={"help": "Euler steps; default: the checkpoint's."})
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Euler steps, from then on the checkpoint's; default: what it says."}
+    )
     noise_level: float = field(
         default=0.5, metadata={"help": "Share of the noise that a stochastic step draws anew, in (0, 1]."}
     )

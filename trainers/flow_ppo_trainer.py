@@ -134,6 +134,8 @@ class FlowPPOTrainer:
                 f"action expert are trained, such as {in_prefix[0]}: freeze vision and vlm, or leave it out."
             )
         self.policy = FlowActorCritic(model.to(args.device), args)
+        # The policy that is saved is the one that was trained
+        model.config.num_inference_steps = self.policy.num_steps
         actor = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if any(parameter.dtype != torch.float32 for parameter in actor):
             logger.warning("Weights below float32 lose updates as small as these: load float32 and set bf16.")
