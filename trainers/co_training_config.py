@@ -47,7 +47,7 @@ class CoTrainingConfig(TrainingArguments):
         What one device can do in a second, for instance 989e12 (H100, bf16): logs the share of it that is used, `mfu`.
         Samples per second, waiting for data and memory are always logged ([`Throughput`]).
     ema_decay (`float`, *optional*, defaults to 0):
-        Keeps a moving average of the weights ([`WeightAverage`]); 0: none.
+        Keeps a moving average of the weights ([`WeightAverage`]); 0: none. Not with adapters.
     freeze (`list[str]`, *optional*, defaults to none):
         Parts that are not trained in this run: `"vision"`, `"vlm"`, `"action_expert"`, `"heads"`, `"domains"`,
         `"prompts"` (`parts_of`). A stage of a recipe is a run: start the next one from the last one's folder with
