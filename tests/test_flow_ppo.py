@@ -582,6 +582,7 @@ def test_options_that_cannot_be_meant_are_refused(processor, tmp_path, capsys):
         ({"episodes": 0}, "at least 1"),
         ({"temperature": -1.0}, "must be positive"),
         ({"execute_steps": 3}, "has 2 steps"),
+        ({"num_inference_steps": 0}, "at least 1"),
         ({"num_inference_steps": 1}, "needs at least 2"),
         ({"cache_context": True}, "freeze vision and vlm"),
         ({"freeze": ["arm"]}, "choose among"),
