@@ -162,6 +162,18 @@ def flow_matching_loss(
     return masked_mean(torch.where(mask, error, 0.0).square(), mask, reduction, channel_weights)
 
 
+def number_of_steps(given: int | None, default: int) -> int:
+    """Steps of sampling: those that are given, else `default`.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    number = default if given is None else given
+    if number < 1:
+        raise ValueError(f"Found num_inference_steps {number}: sampling takes at least 1. Leave it out for {default}.")
+    return number
+
+
 def time_grid(num_steps: int, scale: float = 0.999, device: torch.device | str | None = None) -> Tensor:
     """The times at which sampling evaluates the field and where it ends: `linspace(0, 1, T + 1) * scale`. (T + 1,)."""
     return torch.linspace(0, 1, num_steps + 1, device=device, dtype=torch.float32) * scale

@@ -27,6 +27,7 @@ from .flow_matching_wallvla import (
     flow_matching_loss,
     interpolate,
     loss_count,
+    number_of_steps,
     sample_time,
     time_grid,
     velocity_from_action,
@@ -406,8 +407,12 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
 
         Returns:
             Normalised actions (B, H, D) float32, 0 where `action_mask` is False.
+
+        Raises:
+            ValueError: noise of another shape, or fewer than one step.
         """
         config, device = self.config, input_ids.device
+        times = time_grid(number_of_steps(num_inference_steps, config.num_inference_steps), config.time_scale, device)
         shape = (len(input_ids), config.action_horizon, config.action_dim)
         if noise is None:
             noise = torch.randn(shape, generator=generator, device=device)
@@ -435,7 +440,6 @@ class WallVLAForConditionalGeneration(WallVLAPreTrainedModel):
             # Channels that the robot lacks go straight from noise to their padding, as they did in training
             return torch.where(channel_mask, velocity, padding[:, None] - noise)
 
-        times = time_grid(num_inference_steps or config.num_inference_steps, config.time_scale, device)
         actions = noise
         for time, next_time in zip(times[:-1], times[1:], strict=True):
             velocity = field(actions, time) if guidance is None else guidance(field, actions, time)

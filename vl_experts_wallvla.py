@@ -198,8 +198,17 @@ class Qwen25VL:
 
         `side`: in pixels, a multiple of what one token covers; the smallest when absent. Of no effect on VLMs whose
         images have one size.
+
+        Raises:
+            ValueError: a side that is no multiple of that.
         """
         vision = self.config.vision_config
+        unit = vision.patch_size * vision.spatial_merge_size
+        if side is not None and (side < unit or side % unit):
+            raise ValueError(
+                f"Found a square picture of {side} pixels. Its side is a multiple of {unit}, patch size times merge "
+                f"size: use {max(1, round(side / unit)) * unit}."
+            )
         patches = vision.spatial_merge_size if side is None else side // vision.patch_size
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.zeros(patches * patches, patch, device=device)

@@ -19,7 +19,7 @@ __all__ = ["Augmentation", "CoTrainingMixture", "compose", "drop_state", "random
 
 logger = logging.getLogger(__name__)
 
-# Names of independent random streams of one seed.
+# Names of independent random streams of one seed; `BalancedSources` have theirs after these.
 _ACTION, _MULTIMODAL, _POSITIONS, _AUGMENTATION, _REPLACEMENT = range(5)
 _CACHED_PASSES = 2  # workers that read around the end of a pass need this one and the next
 REPLACEMENTS = 20  # draws that are tried in the place of one that cannot be read

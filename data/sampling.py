@@ -15,6 +15,8 @@ import numpy as np
 
 _ROUNDS = 6  # of the Feistel network; four are indistinguishable from random for ideal rounds, ours are simple hashes
 _WORD = (1 << 64) - 1
+# Names of independent random streams of one seed; those of a mixture come before
+_FRAMES, _TRAJECTORIES, _OFFSETS = range(5, 8)
 _CACHED_EPOCHS = 2  # workers that read around the end of an epoch need this one and the next
 
 
@@ -321,14 +323,15 @@ class BalancedSources:
             # Visits of this group since the first epoch; every pass has an order of its own.
             passes, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), len(members))
             for number in np.unique(passes):
-                order = np.random.default_rng([self.seed, 2, group, int(number)]).permutation(len(members))
+                order = np.random.default_rng([self.seed, _TRAJECTORIES, group, int(number)]).permutation(len(members))
                 picks.append(members[order[places[passes == number]]])
         picks = np.concatenate(picks)
         steps = self._steps[picks]
         lengths = self._bounds[picks, 1] - self._bounds[picks, 0]
         # A first frame beyond the end would leave a short trajectory without any.
-        offsets = np.random.default_rng([self.seed, 3, epoch]).integers(0, np.minimum(steps, lengths))
-        return _Epoch(stream_key(self.seed, 1, epoch), picks, offsets, np.cumsum(-(-(lengths - offsets) // steps)))
+        offsets = np.random.default_rng([self.seed, _OFFSETS, epoch]).integers(0, np.minimum(steps, lengths))
+        key = stream_key(self.seed, _FRAMES, epoch)
+        return _Epoch(key, picks, offsets, np.cumsum(-(-(lengths - offsets) // steps)))
 
     def fingerprint(self) -> dict:
         """What a stream depends on, as JSON: a run may only resume where this is equal."""

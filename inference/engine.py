@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
-from ..flow_matching_wallvla import identity_guidance, prefix_guidance
+from ..flow_matching_wallvla import identity_guidance, number_of_steps, prefix_guidance
 from ..modeling_wallvla import WallVLAForConditionalGeneration
 from ..ops_wallvla import Ops, fast_ops
 from .forward import PolicyForward, obstacles
@@ -136,7 +136,7 @@ class WallVLAEngine:
         if length_step < 8 or length_step % 8:
             raise ValueError(f"Found length_step {length_step}. It is a multiple of 8: attention masks need that.")
         self.length_step, self.max_buckets, self.max_bytes = length_step, max_buckets, max_bytes
-        self.num_inference_steps = num_inference_steps or model.config.num_inference_steps
+        self.num_inference_steps = number_of_steps(num_inference_steps, model.config.num_inference_steps)
         self.forward = None
         if not found:
             table, ops = torch.from_numpy(processor.pixel_table), fast_ops(self.device) if ops is None else ops

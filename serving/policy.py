@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..flow_matching_wallvla import identity_guidance, prefix_guidance, prefix_weights, vjp_guidance
+from ..flow_matching_wallvla import identity_guidance, number_of_steps, prefix_guidance, prefix_weights, vjp_guidance
 from ..inference import WallVLAEngine
 from .observations import ObservationAdapter, RequestError
 from .safety import SafetyLimits, SafetyRails, SafetyStop
@@ -52,7 +52,7 @@ class ServedPolicy:
             request but those with guidance "vjp".
 
     Raises:
-        ValueError: unknown embodiment, or limits of another width.
+        ValueError: unknown embodiment, limits of another width, or fewer than one step.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ServedPolicy:
             robot = replace(robot, client_keys=client_keys)
         self.model, self.processor, self.robot = model.eval(), processor, robot
         self.embodiment = embodiment or next(iter(processor.embodiments))
-        self.num_inference_steps = num_inference_steps or model.config.num_inference_steps
+        self.num_inference_steps = number_of_steps(num_inference_steps, model.config.num_inference_steps)
         self.seed = seed
         self.engine = engine
         self.limits = limits

@@ -219,6 +219,9 @@ def test_every_kind_on_every_vlm(kind, vlm, caplog):
         engine.sample_actions([samples[0] | {"actions": np.zeros((8, 4))}])
     with pytest.raises(ValueError, match="CUDA graphs need, do not compute"):
         WallVLAEngine(model, processor, use_graphs=True)
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match=f"num_inference_steps {steps}.*at least 1"):
+            WallVLAEngine(model, processor, steps, ops=TORCH_OPS)
 
 
 def test_plain_calls_of_threads_are_those_of_one():

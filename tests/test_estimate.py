@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from test_action_experts import each_pair
 from tiny import tiny_config_of
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, Trainer
 
 from wallvla.configuration_wallvla import WallVLAConfig
 from wallvla.modeling_wallvla import WallVLAForConditionalGeneration
@@ -196,6 +196,35 @@ def test_a_weight_average_is_a_copy_of_what_is_trained():
     estimate = needs(config(), freeze=["vision"], ema_decay=0.99)
     assert estimate.optimizer_state == 3 * trained
     assert estimate.total - needs(config(), freeze=["vision"]).total == trained
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd"])
+def test_state_is_that_of_the_optimizer_of_the_run(optim):
+    """As `Trainer` makes it, after a step."""
+    model = WallVLAForConditionalGeneration(config())
+    args = CoTrainingConfig(output_dir="none", use_cpu=True, bf16=False, optim=optim)
+    cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    optimizer = cls(model.parameters(), **options)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    # counters and norms are numbers, which do not count
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    assert needs(config(), optim=optim).optimizer_state == sum(
+        v.nbytes for v in values if torch.is_tensor(v) and v.ndim
+    )
+
+
+def test_what_has_no_estimate_is_refused():
+    with pytest.raises(ValueError, match="no estimate of 'adagrad'.*adamw_torch_fused, adafactor, sgd"):
+        needs(config(), optim="adagrad")
+    with pytest.raises(ValueError, match="no estimate of 'sgd with optim_args momentum=0.9'"):
+        needs(config(), optim="sgd", optim_args="momentum=0.9")
+    with pytest.raises(ValueError, match="no estimate of 'adafactor' over 2 devices"):
+        estimate_training(config(), Workload(ranks=2, **SMALL), optim="adafactor")
+    for side in (0, 36):  # a token covers 16 pixels
+        with pytest.raises(ValueError, match=f"picture of {side} pixels.*multiple of 16"):
+            estimate_training(config(), Workload(**SMALL | {"image_size": side}))
 
 
 FITS = {

@@ -91,6 +91,8 @@ def test_out_of_memory_says_what_is_needed(folder, tmp_path, monkeypatch):  # no
     monkeypatch.setattr(CoTrainingTrainer, "train", fail)
     with pytest.raises(torch.OutOfMemoryError, match=r"(?s)CUDA out of memory.*activations.*total.*adapter_rank"):
         train(folder, tmp_path / "run", **QUICK)
+    with pytest.raises(torch.OutOfMemoryError, match="(?s)CUDA out of memory.*no estimate of 'adagrad'"):
+        train(folder, tmp_path / "run", optim="adagrad", **QUICK)
 
 
 def test_adapters_on_one_expert():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_actions, tiny_batch_of, tiny_model_of
+from tiny import TINY_EXPERTS, tiny_actions, tiny_batch_of, tiny_model_of
 from torch.distributions import Normal
 from transformers import AutoModel, AutoProcessor
 
@@ -29,7 +29,7 @@ from wallvla.trainers import flow_ppo_trainer
 from wallvla.trainers.flow_policy import Draws, FlowActorCritic
 from wallvla.trainers.flow_ppo_config import FlowPPOConfig
 from wallvla.trainers.flow_ppo_trainer import FlowPPOTrainer
-from wallvla.trainers.parameter_groups import parts_of
+from wallvla.trainers.parameter_groups import DOMAIN_PARTS, parts_of
 from wallvla.trainers.ppo import (
     allocate_episodes,
     explained_variance,
@@ -395,6 +395,20 @@ def test_what_is_trained_moves_and_what_is_frozen_does_not(processor, tmp_path, 
     assert all(moved) if "vlm" not in frozen else not any(moved)
 
 
+def test_domains_of_other_robots_stay_as_they_are(processor, tmp_path):
+    """To the bit and in spite of weight decay; the robot is of the first of three domains."""
+    expert, domains = TINY_EXPERTS["soft_prompt"] | {"dropout": 0.0}, ["first", "second", "third"]
+    model = build_model(processor, action_expert=expert, prediction="action", domains=domains)
+    trainer = make_trainer(processor, tmp_path, model=model, weight_decay=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.update(trainer.collect(0)[1], 0)
+    part_of = parts_of(model)
+    tables = {name: p for name, p in model.named_parameters() if part_of[name] in DOMAIN_PARTS}
+    assert any(p.ndim > 1 and not torch.equal(p[0], before[name][0]) for name, p in tables.items())
+    for name, table in tables.items():
+        assert torch.equal(table[1:], before[name][1:]), name
+
+
 def test_an_update_ends_at_the_divergence_it_may_reach(processor, tmp_path):
     options = {"learning_rate": 1e-2, "epochs": 8}
     trainer = make_trainer(processor, tmp_path, target_kl=0.01, **options)
@@ -422,6 +436,20 @@ def test_accumulated_batches_are_one_step(processor, tmp_path):
         trainer.step([trainer.score(chunks[start : start + size]) for start in range(0, 6, size)], 0.0, 1.0)
         weights.append(torch.cat([p.detach().flatten() for p in trainer.policy.model.action_expert.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
+
+
+def test_no_two_draws_of_an_iteration_come_from_one_stream(processor, tmp_path, monkeypatch):
+    """A scene, the noise of a chunk and an order say nothing about each other, in the first iteration and later."""
+    trainer, seeds, seed_of = make_trainer(processor, tmp_path), [], FlowPPOTrainer._seed
+
+    def recorded(self, *key):
+        seeds.append(seed_of(self, *key))
+        return seeds[-1]
+
+    monkeypatch.setattr(FlowPPOTrainer, "_seed", recorded)
+    for iteration in range(2):
+        trainer.update(trainer.collect(iteration)[1], iteration)
+    assert len(seeds) > 2 * (6 + 6 * 2 + 1) and len(set(seeds)) == len(seeds)
 
 
 class Interrupted(Local):
@@ -472,6 +500,13 @@ def test_a_resumed_run_is_one_that_was_not_stopped(processor, tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path / "whole" / "hub").embodiments.keys() == {ROBOT}
     weights = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors")
     assert torch.equal(model.action_expert.action_out_proj.weight, weights["action_expert.action_out_proj.weight"])
+
+
+def test_what_is_saved_samples_in_the_steps_of_training(processor, tmp_path):
+    trainer = make_trainer(processor, tmp_path, num_inference_steps=3)
+    trainer.save(tmp_path / "checkpoint-1")
+    for folder in (tmp_path / "checkpoint-1", trainer._save_repository(tmp_path / "hub")):
+        assert json.loads((folder / "config.json").read_text())["num_inference_steps"] == 3
 
 
 def test_a_checkpoint_is_whole_or_absent(processor, tmp_path, monkeypatch):
@@ -547,6 +582,7 @@ def test_options_that_cannot_be_meant_are_refused(processor, tmp_path, capsys):
         ({"episodes": 0}, "at least 1"),
         ({"temperature": -1.0}, "must be positive"),
         ({"execute_steps": 3}, "has 2 steps"),
+        ({"num_inference_steps": 0}, "at least 1"),
         ({"num_inference_steps": 1}, "needs at least 2"),
         ({"cache_context": True}, "freeze vision and vlm"),
         ({"freeze": ["arm"]}, "choose among"),

@@ -12,6 +12,8 @@ from test_trainer import history, make_trainer
 from tiny import tiny_actions, tiny_batch_of, tiny_model, tiny_model_of
 
 from wallvla.flow_matching_wallvla import interpolate, velocity_from_action
+from wallvla.quickstart import build_model
+from wallvla.trainers.adapters import add_adapters
 from wallvla.trainers.instrument import MicroBatch
 from wallvla.trainers.loss_breakdown import LossBreakdown, Throughput
 from wallvla.trainers.weight_average import WeightAverage
@@ -125,6 +127,12 @@ def test_the_average_of_the_weights_is_saved_resumed_and_exported(processor, tmp
         make_trainer(processor, tmp_path / "other", **options).train(str(tmp_path / "run" / "checkpoint-1"))
     with pytest.raises(ValueError, match="decay of the weight average is 1.5"):
         WeightAverage(1.5)
+
+
+def test_an_average_of_adapters_is_refused(processor, tmp_path):  # noqa: F811
+    """What it would export are adapters without the model."""
+    with pytest.raises(ValueError, match="ema_decay is 0.9, but the model has adapters"):
+        make_trainer(processor, tmp_path, model=add_adapters(build_model(processor), rank=2), ema_decay=0.9)
 
 
 def test_bf16_leaves_heads_losses_and_masters_in_float32(processor, tmp_path):  # noqa: F811

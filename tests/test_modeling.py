@@ -467,6 +467,13 @@ def test_sampling_is_euler_on_the_predicted_velocity():
     assert not torch.equal(sampled, model.sample_actions(**batch, noise=a["noise"], num_inference_steps=3))
 
 
+@pytest.mark.parametrize("steps", [0, -1])
+def test_sampling_takes_at_least_one_step(steps):
+    """0 is no way to say "as many as the checkpoint says"."""
+    with pytest.raises(ValueError, match=f"num_inference_steps {steps}.*at least 1"):
+        tiny_model().sample_actions(**tiny_batch(), num_inference_steps=steps)
+
+
 def test_sampling_repeats_with_the_generator_and_hides_masked_elements():
     model, batch, mask = tiny_model(), tiny_batch(), tiny_actions(2)["action_mask"]
     chunks = [

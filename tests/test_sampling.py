@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from collections import Counter
 
 import numpy as np
@@ -316,6 +317,29 @@ class Broken(Numbers):
         if index % 3 == 0:
             raise ValueError(f"sample {index} is broken")
         return super().__getitem__(index)
+
+
+def test_sources_and_mixture_share_no_stream(monkeypatch):
+    """Of one seed, whatever the zeros at the end of their keys: trajectories, places and augmentations are apart."""
+    users: dict[tuple, set] = {}
+
+    def record(key):
+        state = tuple(np.random.SeedSequence(key).generate_state(4))
+        users.setdefault(state, set()).add(sys._getframe(1).f_code.co_name)
+        return np.random.Generator(np.random.PCG64(key))
+
+    sources = BalancedSources(two_sources(), seed=3)
+    monkeypatch.setattr(np.random, "default_rng", record)
+    mixture = CoTrainingMixture(
+        sources,
+        Numbers("m", 50, "question"),
+        multimodal_fraction=0.1,
+        seed=3,
+        augment=lambda sample, rng: sample,
+    )
+    for index in range(60):
+        mixture[index]
+    assert {len(names) for names in users.values()} == {1} and len(set.union(*users.values())) == 4
 
 
 def test_errors_are_raised_or_replaced_deterministically(caplog):

@@ -444,6 +444,11 @@ def test_not_ready_before_the_warm_up(parts):
     server.stop()
 
 
+def test_a_policy_takes_at_least_one_step(parts):
+    with pytest.raises(ValueError, match="num_inference_steps 0.*at least 1"):
+        ServedPolicy(*parts, num_inference_steps=0)
+
+
 @pytest.mark.parametrize(
     "options, keys",
     [

@@ -200,7 +200,11 @@ def test_a_stage_chooses_defaults_and_an_option_wins(processor, tmp_path):
     assert (t2a.freeze, t2a.time_sampler, t2a.max_steps) == (["vision", "vlm"], "logit_normal", 2000)
     own = CoTrainingConfig(output_dir=str(tmp_path), stage="t2a", freeze=["vision"], max_steps=7, time_sampler="beta")
     assert (own.freeze, own.time_sampler, own.max_steps) == (["vision"], "beta", 7)
-    assert CoTrainingConfig(output_dir=str(tmp_path)).time_sampler is None
+    for epochs in (1.0, 3.0):  # the second is what it would be without the stage
+        own = CoTrainingConfig(output_dir=str(tmp_path), stage="t2a", num_train_epochs=epochs)
+        assert (own.max_steps, own.num_train_epochs) == (-1, epochs)
+    plain = CoTrainingConfig(output_dir=str(tmp_path))
+    assert (plain.time_sampler, plain.max_steps, plain.num_train_epochs) == (None, -1, 3.0)
     trainer = make_trainer(processor, tmp_path / "t2a", stage="t2a", max_steps=1)
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.train()

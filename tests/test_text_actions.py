@@ -268,7 +268,9 @@ def made():
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_trajectories_do_what_their_sentence_says(made, arm):
-    for index, trajectory in enumerate(made[arm][0]):
+    trajectories, _ = made[arm]
+    assert {text_actions.template_of(index) for index in range(len(trajectories))} == set(text_actions.TEMPLATES)
+    for index, trajectory in enumerate(trajectories):
         pose = trajectory["pose"].astype(np.float64)
         motion = np.concatenate([pose[:, :3], headings(pose[:, 3:7], arm)[:, None]], axis=1)
         check(text_actions.template_of(index), trajectory["instruction"], motion, pose[:, 7], atol=1e-5)

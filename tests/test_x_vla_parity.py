@@ -361,13 +361,13 @@ def test_other_action_spaces(tmp_path, mode):
     encoded = case.encoded(case.reference)[0]
     noise, state = case.noise[0].double(), case.states[0].double()
     assert largest(sampled[0] - case.reference.sample(noise, state, 6, encoded)) < 1e-5
-    check_losses(case)
+    ours, expected = losses(case)
+    assert ours == pytest.approx(expected, rel=1e-5)
 
 
-def check_losses(case):
-    """The sum, and each term alone: the weights of the other channels at zero."""
-    prediction = case.predicted(case.reference)
-    terms = case.reference.losses(prediction, case.actions.double())
+def losses(case) -> tuple[dict, dict]:
+    """Ours and the published code's: the sum, and each term alone, with the weights of the other channels at zero."""
+    terms = case.reference.losses(case.predicted(case.reference), case.actions.double())
     config, weights = case.model.config, list(case.model.config.loss_channel_weights)
     channels = {
         "position": POSITIONS,
@@ -376,23 +376,23 @@ def check_losses(case):
         "joints": [channel for channel in range(14) if channel not in (6, 13)],
         "all": list(range(20)),
     }
-
-    def loss():
-        with torch.no_grad():
-            output = case.model(**case.batch(), actions=case.actions, noise=case.noise, time=case.time)
-        return output.flow_loss.item()
-
-    assert loss() == pytest.approx(sum(terms.values()).item(), rel=1e-5)
+    expected = {"sum": sum(terms.values()).item()} | {name: value.item() for name, value in terms.items()}
+    ours = {}
     try:
-        for name, expected in terms.items():
-            config.loss_channel_weights = [w * (i in channels[name]) for i, w in enumerate(weights)]
-            assert loss() == pytest.approx(expected.item(), rel=1e-5), name
+        for name in expected:
+            chosen = range(len(weights)) if name == "sum" else channels[name]
+            config.loss_channel_weights = [w * (i in chosen) for i, w in enumerate(weights)]
+            with torch.no_grad():
+                output = case.model(**case.batch(), actions=case.actions, noise=case.noise, time=case.time)
+            ours[name] = output.flow_loss.item()
     finally:
         config.loss_channel_weights = weights
+    return ours, expected
 
 
 def test_losses(case):
-    check_losses(case)
+    ours, expected = losses(case)
+    assert ours == pytest.approx(expected, rel=1e-5)
 
 
 def test_bfloat16(case):

@@ -47,7 +47,7 @@ class CoTrainingConfig(TrainingArguments):
         What one device can do in a second, for instance 989e12 (H100, bf16): logs the share of it that is used, `mfu`.
         Samples per second, waiting for data and memory are always logged ([`Throughput`]).
     ema_decay (`float`, *optional*, defaults to 0):
-        Keeps a moving average of the weights ([`WeightAverage`]); 0: none.
+        Keeps a moving average of the weights ([`WeightAverage`]); 0: none. Not with adapters.
     freeze (`list[str]`, *optional*, defaults to none):
         Parts that are not trained in this run: `"vision"`, `"vlm"`, `"action_expert"`, `"heads"`, `"domains"`,
         `"prompts"` (`parts_of`). A stage of a recipe is a run: start the next one from the last one's folder with
@@ -135,6 +135,9 @@ class CoTrainingConfig(TrainingArguments):
     muon_matrices: str = field(
         default=MATRICES, metadata={"help": "Regular expression: names of the matrices that Muon gets."}
     )
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs; max_steps wins. Default: 3, or the steps of the stage."}
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second moment of AdamW."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
@@ -148,7 +151,11 @@ class CoTrainingConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        stage = STAGES[self.stage] if self.stage is not None else {}
+        stage = dict(STAGES[self.stage]) if self.stage is not None else {}
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0
+        else:
+            stage.pop("max_steps", None)  # which would win over the epochs
         for name, value in stage.items():
             if vars(self)[name] in (None, [], -1):  # not given
                 setattr(self, name, value)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -104,6 +105,11 @@ class CoTrainingTrainer(Trainer):
             raise ValueError(
                 f"adaptation_steps is {args.adaptation_steps}, but no parameters of domains are trained: leave it at "
                 "0, or start from a model with domains and freeze neither domains nor prompts."
+            )
+        if args.ema_decay and isinstance(model, PeftModel):
+            raise ValueError(
+                f"ema_decay is {args.ema_decay}, but the model has adapters, whose average is no whole model: leave "
+                "ema_decay or adapter_rank out."
             )
         callbacks = [*(callbacks or ()), *build_instruments(model, args, processing_class)]
         self._average = WeightAverage(args.ema_decay, processing_class) if args.ema_decay else None

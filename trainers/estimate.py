@@ -6,6 +6,7 @@ each kind and a small vocabulary; the other layers and samples, and the logits, 
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -32,6 +33,7 @@ from .muon import (
 
 GIB = 2**30
 VOCABULARY = 64
+ESTIMATED = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")
 
 
 @dataclass(frozen=True)
@@ -255,11 +257,31 @@ def shard(shape: torch.Size, ranks: int) -> int:
     return shape.numel() if not shape else -(-shape[0] // ranks) * shape[1:].numel()
 
 
+def state_elements(shape: torch.Size, optim: str, ranks: int) -> int:
+    """Numbers that an optimizer of `Trainer` keeps of a parameter on the fullest rank."""
+    if optim == "sgd":
+        return 0
+    if optim == "adafactor" and len(shape) > 1:  # a mean of each row and of each column
+        return math.prod(shape[:-1]) + math.prod(shape[:-2] + shape[-1:])
+    return shard(shape, ranks) * (1 if optim == "adafactor" else 2)
+
+
+def check_estimated(optim: str, ranks: int) -> None:
+    """Refuses the optimizers of `Trainer` whose state is not counted here."""
+    if optim == "adafactor" and ranks > 1:
+        raise ValueError(f"There is no estimate of 'adafactor' over {ranks} devices: its means are not cut by rows.")
+    if optim not in ESTIMATED:
+        raise ValueError(f"There is no estimate of {optim!r}: there is one of {', '.join(ESTIMATED)}, and of Muon.")
+
+
 def optimizer_needs(
-    trained: list[tuple[str, nn.Parameter]], optimizer: str, muon_matrices: str, bf16: bool, ranks: int
+    trained: list[tuple[str, nn.Parameter]], optimizer: str, optim: str, muon_matrices: str, bf16: bool, ranks: int
 ) -> tuple[int, int, int]:
     """Bytes of state and of buffers, and FLOPs of one step of the busiest rank; arguments of `estimate_training`."""
-    chosen = [(n, p) for n, p in trained if optimizer != "adamw" and is_muon_parameter(n, p, muon_matrices)]
+    if optimizer == "adamw":
+        check_estimated(optim, ranks)
+        return 4 * sum(state_elements(p.shape, optim, ranks) for _, p in trained), 0, 0
+    chosen = [(n, p) for n, p in trained if is_muon_parameter(n, p, muon_matrices)]
     state = 8 * sum(shard(p.shape, ranks) for _, p in trained) - 4 * sum(shard(p.shape, ranks) for _, p in chosen)
     if not chosen:
         return state, 0, 0
@@ -283,6 +305,7 @@ def estimate_training(
     model: nn.Module | None = None,
     muon_matrices: str = MATRICES,
     has_average: bool = False,
+    optim: str = "adamw_torch",
 ) -> Estimate:
     """What a training run needs on each device.
 
@@ -296,6 +319,10 @@ def estimate_training(
             all of `config`.
         muon_matrices: as in [`CoTrainingConfig`].
         has_average: keep a moving average of the trained weights.
+        optim: of `Trainer`, where `optimizer` is "adamw"; one of `ESTIMATED`.
+
+    Raises:
+        ValueError: an optimizer whose state is not counted here, or pictures that are not made of whole tokens.
     """
     with torch.device("meta"):
         whole = WallVLAForConditionalGeneration(config)
@@ -304,7 +331,7 @@ def estimate_training(
     trained = [(name, p) for name, p in named if p.requires_grad]
     parameters = sum(shard(p.shape, ranks) * p.element_size() for _, p in named)
     gradients = sum(shard(p.shape, ranks) * 4 for _, p in trained)
-    state, buffers, optimizer_flops = optimizer_needs(trained, optimizer, muon_matrices, bf16, ranks)
+    state, buffers, optimizer_flops = optimizer_needs(trained, optimizer, optim, muon_matrices, bf16, ranks)
     state += has_average * 4 * sum(p.numel() for _, p in trained)
     small = one_layer_of_each(config)
     times = repeated_layers(small, whole)

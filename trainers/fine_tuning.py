@@ -333,6 +333,7 @@ def estimate_run(
         model,
         args.muon_matrices,
         args.ema_decay > 0,
+        args.optim.value + (f" with optim_args {args.optim_args}" if args.optim_args else ""),
     )
 
 
@@ -367,7 +368,10 @@ def fine_tune(options: FineTuningArguments, args: CoTrainingConfig, sizes: Estim
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except torch.OutOfMemoryError as error:
-        need = estimate_run(AutoConfig.from_pretrained(options.model), options, args, sizes)
+        try:
+            need = estimate_run(AutoConfig.from_pretrained(options.model), options, args, sizes)
+        except ValueError as refusal:  # which must not take the place of the error that stopped the run
+            need = refusal
         raise torch.OutOfMemoryError(
             f"{error}\nA run with these options needs about (--estimate, which takes the sizes of a sample):\n{need}\n"
             "Lower per_device_train_batch_size and raise gradient_accumulation_steps, set gradient_checkpointing, "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..flow_matching_wallvla import euler_step, gaussian_log_prob, sde_step, time_grid
+from ..flow_matching_wallvla import euler_step, gaussian_log_prob, number_of_steps, sde_step, time_grid
 from ..modeling_wallvla import PrefixContext, WallVLAForConditionalGeneration
 from .flow_ppo_config import FlowPPOConfig
 
@@ -71,7 +71,7 @@ class FlowActorCritic(nn.Module):
     def __init__(self, model: WallVLAForConditionalGeneration, args: FlowPPOConfig):
         super().__init__()
         self.model, self.args = model, args
-        self.num_steps = args.num_inference_steps or model.config.num_inference_steps
+        self.num_steps = number_of_steps(args.num_inference_steps, model.config.num_inference_steps)
         if self.num_steps < 2:
             raise ValueError(
                 f"num_inference_steps is {self.num_steps}: the last Euler step cannot be stochastic, so a policy with "

@@ -23,7 +23,9 @@ class FlowPPOConfig:
         },
     )
 
-    num_inference_steps: int | None = field(default=None, metadata={"help": "Euler steps; default: the checkpoint's."})
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Euler steps, from then on the checkpoint's; default: what it says."}
+    )
     noise_level: float = field(
         default=0.5, metadata={"help": "Share of the noise that a stochastic step draws anew, in (0, 1]."}
     )
@@ -49,7 +51,9 @@ class FlowPPOConfig:
     )
     adam_beta1: float = field(default=0.9, metadata={"help": "First moment of AdamW."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second moment of AdamW."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Of the policy's matrices; the value head has none."})
+    weight_decay: float = field(
+        default=0.01, metadata={"help": "Of the policy's matrices; tables of domains and the value head have none."}
+    )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Of the policy and of the value head, each apart."})
     batch_size: int = field(default=64, metadata={"help": "Chunks of one forward and backward pass."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of one optimizer step."})

@@ -22,7 +22,7 @@ from ..modeling_wallvla import PrefixContext, WallVLAForConditionalGeneration
 from .distributed import discard_unfinished, last_checkpoint, unfinished_marker
 from .flow_policy import Draws, FlowActorCritic, Transitions
 from .flow_ppo_config import FlowPPOConfig
-from .parameter_groups import freeze
+from .parameter_groups import freeze, split_by_part
 from .ppo import (
     allocate_episodes,
     explained_variance,
@@ -35,6 +35,8 @@ from .ppo import (
 
 # Scenes of rollouts: above those of the quickstart's demonstrations, below those of evaluations
 SCENE_SEEDS = (200_000, 1_000_000)
+# What a random number is for: first in the key, because a `SeedSequence` ignores zeros at the end
+_SCENE, _CHUNK, _MINIBATCHES, _EPOCH = range(1, 5)
 OUTCOME_DECAY = 0.5  # of a task's counted outcomes, at each iteration
 TRAINER_STATE, OPTIMIZER, VALUE_HEAD = "trainer_state.json", "optimizer.pt", "value_head.safetensors"
 
@@ -132,24 +134,28 @@ class FlowPPOTrainer:
                 f"action expert are trained, such as {in_prefix[0]}: freeze vision and vlm, or leave it out."
             )
         self.policy = FlowActorCritic(model.to(args.device), args)
+        # The policy that is saved is the one that was trained
+        model.config.num_inference_steps = self.policy.num_steps
         actor = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if any(parameter.dtype != torch.float32 for parameter in actor):
             logger.warning("Weights below float32 lose updates as small as these: load float32 and set bf16.")
-        critic = {"params": list(self.policy.value_head.parameters()), "lr": args.value_learning_rate}
         matrices = {"params": [p for p in actor if p.ndim > 1], "weight_decay": args.weight_decay}
         self.optimizer = torch.optim.AdamW(
-            [matrices, {"params": [p for p in actor if p.ndim <= 1]}, critic],
+            [matrices, {"params": [p for p in actor if p.ndim <= 1]}],
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=0.0,
         )
+        split_by_part(self.optimizer, model, {})  # tables of domains do not decay
+        critic = {"params": list(self.policy.value_head.parameters()), "lr": args.value_learning_rate}
+        self.optimizer.add_param_group(critic)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.iteration = 0
         self.outcomes = dict.fromkeys(rollouts.tasks, (0.0, 0.0))  # decayed successes and episodes
         self._chunks: dict[int, list[Chunk]] = {}  # number of an episode -> its chunks so far
 
-    def _seed(self, *key: int) -> int:
-        return int(np.random.SeedSequence([self.args.seed, *key]).generate_state(1)[0])
+    def _seed(self, purpose: int, *key: int) -> int:
+        return int(np.random.SeedSequence([self.args.seed, purpose, *key]).generate_state(1)[0])
 
     # --- rollout
 
@@ -159,7 +165,7 @@ class FlowPPOTrainer:
         tasks = [task for turn in range(max(counts.values())) for task in counts if counts[task] > turn]
         low, high = SCENE_SEEDS
         return [
-            {"number": number, "task": task, "seed": low + self._seed(iteration, number) % (high - low)}
+            {"number": number, "task": task, "seed": low + self._seed(_SCENE, iteration, number) % (high - low)}
             for number, task in enumerate(tasks)
         ]
 
@@ -178,7 +184,7 @@ class FlowPPOTrainer:
                 (config.action_horizon, config.action_dim),
                 self.policy.num_steps,
                 args.stochastic_steps,
-                self._seed(iteration, request["number"], request["chunk"]),
+                self._seed(_CHUNK, iteration, request["number"], request["chunk"]),
             )
             for request in requests
         ]
@@ -254,7 +260,7 @@ class FlowPPOTrainer:
         """
         args = self.args
         chunks = [chunk for trajectory in trajectories for chunk in trajectory]
-        order = np.random.default_rng(self._seed(iteration)).permutation(len(chunks)).tolist()
+        order = np.random.default_rng(self._seed(_MINIBATCHES, iteration)).permutation(len(chunks)).tolist()
         batches = [
             self.score([chunks[row] for row in order[start : start + args.batch_size]])
             for start in range(0, len(order), args.batch_size)
@@ -276,7 +282,7 @@ class FlowPPOTrainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
         for epoch in range(args.epochs):
-            order = np.random.default_rng(self._seed(iteration, epoch)).permutation(len(batches)).tolist()
+            order = np.random.default_rng(self._seed(_EPOCH, iteration, epoch)).permutation(len(batches)).tolist()
             steps: list[dict[str, float]] = []
             for start in range(0, len(order), args.gradient_accumulation_steps):
                 members = [batches[row] for row in order[start : start + args.gradient_accumulation_steps]]
