@@ -426,16 +426,22 @@ def test_an_update_ends_at_the_divergence_it_may_reach(processor, tmp_path):
 
 def test_accumulated_batches_are_one_step(processor, tmp_path):
     """Two batches of three accumulate to the gradient of one of six."""
-    weights = []
+    gradients = []
+
+    def keep(optimizer, *_):
+        found = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients.append(torch.cat(found).clone())
+
     for options in ({"batch_size": 6}, {"batch_size": 3, "gradient_accumulation_steps": 2}):
         trainer = make_trainer(processor, tmp_path, **options, max_grad_norm=1e9)
+        trainer.optimizer.register_step_pre_hook(keep)
         _, trajectories = trainer.collect(0)
         chunks = [chunk for trajectory in trajectories for chunk in trajectory][:6]
         trainer.estimate([chunks])
         size = options["batch_size"]
         trainer.step([trainer.score(chunks[start : start + size]) for start in range(0, 6, size)], 0.0, 1.0)
-        weights.append(torch.cat([p.detach().flatten() for p in trainer.policy.model.action_expert.parameters()]))
-    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
+    assert len(gradients) == 2 and gradients[0].norm() > 0.1
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
 
 
 def test_no_two_draws_of_an_iteration_come_from_one_stream(processor, tmp_path, monkeypatch):
@@ -559,20 +565,21 @@ def test_training_goes_on_when_workers_are_killed(processor, tmp_path):
 def test_it_learns(processor, tmp_path):
     """From a random policy, by success alone: the goal is on one of two sides, and only the state says which."""
     options = {
-        "iterations": 24,
+        "iterations": 18,
         "episodes": 48,
         "execute_steps": 1,
         "batch_size": 48,
         "learning_rate": 2e-4,
-        "noise_level": 0.7,
+        "stochastic_steps": "all",
+        "noise_level": 0.8,
         "num_inference_steps": 3,
         "save_steps": 100,
     }
     with RolloutPool(rollout_spec([LINE], ["front"], 16, max_steps=3), 1, 48) as pool:
         make_trainer(processor, tmp_path, pool, **options).train()
     success = [line["success"] for line in lines(tmp_path / "metrics.jsonl")]
-    assert np.mean(success[-5:]) > np.mean(success[:5]) + 0.2
-    assert np.mean(success[-5:]) > 0.5, "more than one side"
+    assert np.mean(success[:3]) < 0.5
+    assert np.mean(success[-5:]) > 0.75, "one side is half of them"
 
 
 def test_options_that_cannot_be_meant_are_refused(processor, tmp_path, capsys):
