@@ -520,16 +520,27 @@ def pairs_table(arms: list[dict]) -> list[str]:
     return lines
 
 
+def command_of(sizes: dict) -> str:
+    """The call that makes a run of these sizes."""
+    words = ["python benchmarks/adaptation.py --output RUNS"]
+    for name, usual in json.loads(json.dumps(asdict(Sizes()))).items():
+        if sizes[name] != usual:
+            values = sizes[name] if isinstance(sizes[name], list) else [sizes[name]]
+            words.append(f"--{name.replace('_', '-')} {' '.join(map(str, values))}")
+    return " ".join(words)
+
+
 def report(output: Path, folder: Path) -> str:
-    """Writes `adaptation.json` and `adaptation.md` of what is there into `folder`; returns the tables."""
+    """Writes `adaptation_<axes>_axes.json` and `.md` of what is there into `folder`; returns the tables."""
     results = read_results(output)
     tables = [base_table(results["base"]), arms_table(results["arms"]), pairs_table(results["arms"])]
     text = "\n\n".join("\n".join(table) for table in tables)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "adaptation.json", results)
-    partial = folder / ".adaptation.md.partial"
-    partial.write_text(f"# Adaptation to a third robot\n\nSizes: `{json.dumps(results['sizes'])}`\n\n{text}\n")
-    os.replace(partial, folder / "adaptation.md")
+    name = f"adaptation_{results['sizes']['axes']}_axes"
+    write_json(folder / f"{name}.json", results)
+    partial = folder / f".{name}.md.partial"
+    partial.write_text(f"# Adaptation to a third robot\n\n```\n{command_of(results['sizes'])}\n```\n\n{text}\n")
+    os.replace(partial, folder / f"{name}.md")
     return text
 
 

@@ -124,7 +124,10 @@ def test_tables_of_what_is_there(tmp_path, monkeypatch):
     # 8 scenes against 1: p = 2 * (1 + 9) / 2**9; Holm doubles the smaller of two
     assert "| 10 | copied | +70% [" in text and "| 8 / 1 | 0.039 | 0.078 |" in text
     assert "| 10 | LoRA | -10% [" in text and "| 0 / 1 | 1.000 | 1.000 |" in text
-    written = json.loads((tmp_path / "results" / "adaptation.json").read_text())
+    written = json.loads((tmp_path / "results" / "adaptation_own_axes.json").read_text())
     assert [each["arm"] for each in written["arms"]] == ["random", "copied", "LoRA"]
-    assert text in (tmp_path / "results" / "adaptation.md").read_text()
+    page = (tmp_path / "results" / "adaptation_own_axes.md").read_text()
+    assert text in page and "python benchmarks/adaptation.py --output RUNS\n" in page
+    sizes = written["sizes"] | {"axes": "common", "new_demonstrations": [10, 20]}
+    assert adaptation.command_of(sizes).endswith("RUNS --axes common --new-demonstrations 10 20")
     assert SimpleNamespace(**written["sizes"]).scenes == 30
