@@ -425,8 +425,8 @@ def test_an_update_ends_at_the_divergence_it_may_reach(processor, tmp_path):
 
 
 def test_accumulated_batches_are_one_step(processor, tmp_path):
-    """Two batches of three accumulate to the gradient of one of six."""
-    weights = []
+    """Two batches of three accumulate to the gradient of one of six, which is ten times AdamW's first moment."""
+    gradients = []
     for options in ({"batch_size": 6}, {"batch_size": 3, "gradient_accumulation_steps": 2}):
         trainer = make_trainer(processor, tmp_path, **options, max_grad_norm=1e9)
         _, trajectories = trainer.collect(0)
@@ -434,8 +434,10 @@ def test_accumulated_batches_are_one_step(processor, tmp_path):
         trainer.estimate([chunks])
         size = options["batch_size"]
         trainer.step([trainer.score(chunks[start : start + size]) for start in range(0, 6, size)], 0.0, 1.0)
-        weights.append(torch.cat([p.detach().flatten() for p in trainer.policy.model.action_expert.parameters()]))
-    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
+        states = [trainer.optimizer.state[p] for p in trainer.policy.model.action_expert.parameters()]
+        gradients.append(torch.cat([10 * state["exp_avg"].flatten() for state in states]))
+    assert gradients[0].abs().max() > 1
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=0)
 
 
 def test_no_two_draws_of_an_iteration_come_from_one_stream(processor, tmp_path, monkeypatch):
@@ -557,13 +559,16 @@ def test_training_goes_on_when_workers_are_killed(processor, tmp_path):
 
 
 def test_it_learns(processor, tmp_path):
-    """From a random policy, by success alone: the goal is on one of two sides, and only the state says which."""
+    """From a random policy, by success alone: the goal is on one of two sides, and only the state says which.
+
+    Not every seed sees both sides in so few iterations: of seeds 0, 1 and 2 the second stays with one.
+    """
     options = {
         "iterations": 24,
         "episodes": 48,
         "execute_steps": 1,
         "batch_size": 48,
-        "learning_rate": 2e-4,
+        "learning_rate": 6e-4,
         "noise_level": 0.7,
         "num_inference_steps": 3,
         "save_steps": 100,
