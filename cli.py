@@ -5,6 +5,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -115,11 +116,11 @@ def _read_config(parser: argparse.ArgumentParser, arguments: list[str]) -> list[
     return rest
 
 
-def _checkpoint(path: str) -> str:
-    """`path`, if it is a folder with a config.json or may be a Hub id; said before anything slow starts."""
+def _checkpoint(path: str, file: str = "config.json") -> str:
+    """`path`, if it is a folder with `file` in it or may be a Hub id; said before anything slow starts."""
     if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise argparse.ArgumentTypeError(f"{path} is no checkpoint: it has no config.json")
+        if not (Path(path) / file).is_file():
+            raise argparse.ArgumentTypeError(f"{path} is no checkpoint: it has no {file}")
     elif path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise argparse.ArgumentTypeError(f"there is no folder {path}, and a Hub id would be OWNER/NAME")
     return path
@@ -444,7 +445,9 @@ def _data_clean(arguments: list[str]) -> None:
 def _data_bridge(arguments: list[str]) -> None:
     parser = _finish(argparse.ArgumentParser(), "data bridge")
     parser.add_argument(
-        "checkpoint", type=_checkpoint, help="whose processor writes boxes and points: a folder or a Hub id"
+        "checkpoint",
+        type=partial(_checkpoint, file="processor_config.json"),
+        help="whose processor writes boxes and points: a folder or a Hub id",
     )
     parser.add_argument("--env", nargs="+", help="metaworld/TASK, one or more: from the simulator's ground truth")
     parser.add_argument("--episodes", type=int, default=10, help="demonstrations of each task")

@@ -86,6 +86,7 @@ def test_masked_elements_get_no_gradient_even_when_not_finite(path):
 def test_masked_means_against_loops():
     values, mask = torch.randn(4, 6, 3), torch.rand(4, 6, 3) > 0.4
     mask[..., 2] = False  # a channel that no sample has
+    mask[:, 0, 0] = True  # no sample is left without any
     torch.testing.assert_close(masked_mean(values, mask), values[mask].mean())
     mask[3] = False  # a sample without actions
     mask[0, :, 1] = False  # a channel that this robot lacks

@@ -8,7 +8,7 @@ each kind and a small vocabulary; the other layers and samples, and the logits, 
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -296,6 +296,26 @@ def optimizer_needs(
     return state, buffers, flops
 
 
+def working_weights(
+    named: Sequence[tuple[str, Tensor]], layer_of: Callable[[str], str], bf16: bool, ranks: int
+) -> int:
+    """Bytes of weights beside the parameters: low-precision copies, or what is gathered from other ranks.
+
+    Args:
+        named: parameters.
+        layer_of: from the name of one to its layer, "rest" outside of all.
+        bf16: as in `estimate_training`.
+        ranks: that share the weights.
+    """
+    if ranks == 1:
+        return sum(p.numel() * 2 for _, p in named if p.ndim == 2 and p.dtype == torch.float32) if bf16 else 0
+    by_layer = defaultdict(int)
+    for name, p in named:
+        by_layer[layer_of(name)] += p.numel() * (2 if bf16 else 4)
+    # two layers: the one that runs and the next one; what is in no layer stays gathered
+    return by_layer.pop("rest") + 2 * max(by_layer.values())
+
+
 def estimate_training(
     config: WallVLAConfig,
     workload: Workload,
@@ -372,17 +392,13 @@ def estimate_training(
         of_weights = share(path.rpartition(".")[0])
         of_inputs = of_weights > 0 or path in counts.differentiated
         passes += count * counts.flops[path] * (1 + of_weights + of_inputs + (path in again))
-    size = 2 if bf16 else 4
-    if ranks == 1:
-        working = sum(p.numel() * 2 for _, p in named if p.ndim == 2 and p.dtype == torch.float32) if bf16 else 0
-    else:
-        by_layer = defaultdict(int)
-        for name, p in named:
-            path = part_of(name)
-            index = name.partition(f"{path}.")[2].partition(".")[0]
-            by_layer[f"{path}.{index}" if path in lists else "rest"] += p.numel() * size
-        # two layers: the one that runs and the next one; what is in no layer stays gathered
-        working = by_layer.pop("rest") + 2 * max(by_layer.values())
+
+    def layer_of(name: str) -> str:
+        """The layer that is gathered together with a parameter."""
+        path = part_of(name)
+        return f"{path}.{name.partition(f'{path}.')[2].partition('.')[0]}" if path in lists else "rest"
+
+    working = working_weights(named, layer_of, bf16, ranks)
     tokens = one_sample(config, workload)["input_ids"].numel() + config.action_horizon
     fixed = parameters + gradients + state
     return Estimate(
