@@ -268,7 +268,7 @@ def test_unknown_command_names_the_known_ones():
         ("train --model ./nowhere --dataset data", "there is no folder ./nowhere, and a Hub id would be OWNER/NAME"),
         ("train --model {folder} --dataset data", "{folder} is no checkpoint: it has no config.json"),
         ("train --model A/B --lerning_rate 1", "unknown option --lerning_rate; did you mean --learning_rate?"),
-        ("train-rl --model runs/quickstart/hub", "there is no folder runs/quickstart/hub"),
+        ("train-rl --model runs/nowhere/hub", "there is no folder runs/nowhere/hub"),
         ("eval nowhere --env metaworld/button-press-topdown-v3", "there is no folder nowhere"),
         ("eval A/B --env metaworld/mt10 --epsiodes=3", "unknown option --epsiodes; did you mean --episodes?"),
         ("serve right=nowhere", "there is no folder nowhere"),
